@@ -1,0 +1,29 @@
+"""Optimizer update kernels for Python: plain scalar rules, run by Numba at the speed of memory."""
+
+from __future__ import annotations
+
+from . import contrib, lr_scheduler
+from .adamax import Adamax
+from .contrib import GroupAdaGrad
+from .ftml import FTML
+from .nag import NAG
+from .optimizer import Optimizer, create, register
+from .rmsprop import RMSProp
+from .updater import Updater, get_updater
+
+__all__ = [
+    "FTML",
+    "NAG",
+    "Adamax",
+    "GroupAdaGrad",
+    "Optimizer",
+    "RMSProp",
+    "Updater",
+    "contrib",
+    "create",
+    "get_updater",
+    "lr_scheduler",
+    "register",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,85 @@
+"""Adamax: Adam with the infinity norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import arguments
+from .kernels.scalar import absolute, maximum
+from .optimizer import Optimizer, register
+
+__all__ = ["Adamax"]
+
+
+def adamax(weight, grad, mean, var, lr, beta1, rest1, beta2, epsilon):
+    mean = beta1 * mean + rest1 * grad
+    var = maximum(beta2 * var, absolute(grad))
+    return weight - lr * mean / (var + epsilon), mean, var
+
+
+@register
+class Adamax(Optimizer):
+    """Adamax: Adam with the infinity norm in place of the second moment.
+
+    ::
+
+        grad = clip(rescale_grad * grad, clip_gradient) + wd * weight
+        mean = beta1 * mean + (1 - beta1) * grad
+        var = maximum(beta2 * var, abs(grad))
+        weight -= lr / (1 - beta1**t) * mean / (var + epsilon)
+
+    where t counts the parameter's updates, from 1.
+
+    Parameters
+    ----------
+    learning_rate : float, default 0.002
+    beta1 : float, default 0.9
+        Decay of the mean of gradients, in [0, 1).
+    beta2 : float, default 0.999
+        Decay of the largest magnitude, in [0, 1).
+    epsilon : float, default 1e-8
+        At least 0. Keeps the division finite.
+    use_fused_step : bool, default True
+        Whether `update` runs the compiled pass. (MXNet's default is False, for want of a kernel.)
+    **kwargs
+        Those of `Optimizer`.
+
+    Notes
+    -----
+    The state is ``(mean, var)``, of the weight's shape and dtype.
+
+    References
+    ----------
+    D. P. Kingma and J. Ba, "Adam: a method for stochastic optimization",
+    https://arxiv.org/abs/1412.6980, section 7.1.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_opt
+    >>> weight, grad = np.array([1.0, 2.0]), np.array([0.5, -0.5])
+    >>> optimizer = numba_opt.Adamax(learning_rate=0.1)
+    >>> state = optimizer.create_state(0, weight)
+    >>> optimizer.update([0], [weight], [grad], [state])
+    >>> weight.round(4)
+    array([0.9, 2.1])
+    """
+
+    rule = staticmethod(adamax)
+    state_names = ("mean", "var")
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.002,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        use_fused_step: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.beta1 = arguments.number("beta1", beta1, below=1)
+        self.beta2 = arguments.number("beta2", beta2, below=1)
+        self.epsilon = arguments.number("epsilon", epsilon)
+
+    def hyper(self, lr: float, t: int) -> tuple[float, ...]:
+        return lr / (1 - self.beta1**t), self.beta1, 1 - self.beta1, self.beta2, self.epsilon

@@ -1,0 +1,72 @@
+"""What users pass: numbers within limits, counts, keywords. Each error names the parameter, what came
+and what was expected."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import operator
+from typing import Any, SupportsIndex
+
+
+def count(name: str, value: SupportsIndex, minimum: int) -> int:
+    """`value` as an int of at least `minimum`."""
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    expected = f"{name} must be an integer >= {minimum}, got {value!r}"
+    if found is None:
+        raise TypeError(f"{expected} of type {type(value).__name__}")
+    if found < minimum:
+        raise ValueError(expected)
+    return found
+
+
+def number(
+    name: str,
+    value: object,
+    minimum: float = 0.0,
+    maximum: float = math.inf,
+    below: float = math.inf,
+) -> float:
+    """`value` as a finite float, with ``minimum <= value <= maximum`` and ``value < below``."""
+    limits = {
+        (0, math.inf, math.inf): " >= 0",
+        (-math.inf, math.inf, math.inf): "",
+    }.get(
+        (minimum, maximum, below),
+        f" in [{minimum:g}, {min(maximum, below):g}{']' if below > maximum else ')'}",
+    )
+    expected = f"{name} must be a finite number{limits}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{expected} of type {type(value).__name__}")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not (math.isfinite(found) and minimum <= found <= maximum and found < below):
+        raise ValueError(expected)
+    return found
+
+
+def optional(name: str, value: object) -> float | None:
+    """None, or `value` as a finite float of at least 0."""
+    return None if value is None else number(name, value)
+
+
+def names(cls: type) -> list[str]:
+    """The parameters that the constructors of a class and of its bases take, its own first."""
+    found: dict[str, None] = {}
+    for base in cls.__mro__[:-1]:
+        for name, parameter in inspect.signature(base.__init__).parameters.items():  # type: ignore[misc]
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self":
+                found.setdefault(name)
+    return list(found)
+
+
+def unknown(cls: type, given: dict[str, Any]) -> TypeError:
+    """The error for keywords that no constructor of a class takes; it lists those that are taken."""
+    first = next(iter(given))
+    return TypeError(f"{cls.__name__}() has no parameter {first!r}; it takes {', '.join(names(cls))}")

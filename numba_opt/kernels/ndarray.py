@@ -1,0 +1,195 @@
+"""NumPy's array objects, read by a kernel: hundreds of arrays checked in a few microseconds.
+
+Asking 600 arrays for their addresses through ``__array_interface__`` takes some 700 us, more than most
+optimizer steps; reading them here takes 5. The C layout of an array object is part of NumPy's public
+ABI (``PyArrayObject_fields`` in ``ndarraytypes.h``) and every extension module depends on it;
+`readable` compares it with what NumPy itself says, once in a process, and where they differ nothing
+here is used. What is read is only ever accepted here: arrays with anything unusual about them are left
+to `numba_opt.device`, which takes them the ordinary way and words the errors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba.extending import register_jitable
+
+from . import cache
+from .elements import peek
+
+# Offsets in bytes from the end of the object header, on a machine with 64-bit pointers.
+HEADER = object.__basicsize__
+DATA, NDIM, SHAPE, DTYPE, FLAGS = 0, 8, 16, 40, 48
+
+C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x0001, 0x0100, 0x0400  # NumPy's own numbers
+
+# The dtypes that kernels compute in. NumPy has one object for each.
+DTYPES: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))
+
+uint64, int64, int32 = np.uint64, np.int64, np.int32
+
+
+class Survey(NamedTuple):
+    """What is known of the arrays of a call, one row for each tensor."""
+
+    addresses: np.ndarray  # of its gradient, its weight and each state, then the length of its rows
+    bytes: np.ndarray  # how many lie at each address
+    sizes: np.ndarray  # elements of the weight
+    kinds: np.ndarray  # place of its dtype in DTYPES
+
+
+@register_jitable
+def field(array, offset):
+    """A pointer or an integer as wide as one, from an array object."""
+    return peek(array + uint64(HEADER + offset), uint64)
+
+
+@register_jitable
+def dtype_of(array, known, flags):
+    """Which of the known dtypes a plain array with these flags has; -1 if there is more to it."""
+    if peek(array + uint64(HEADER - 8), uint64) != known[0]:  # a subclass, or something else
+        return -1
+    if peek(array + uint64(HEADER + FLAGS), int32) & flags != flags:
+        return -1
+    for k in range(1, known.size):
+        if field(array, DTYPE) == known[k]:
+            return k - 1
+    return -1
+
+
+@register_jitable
+def same_shape(a, b):
+    """Whether two arrays have the same shape."""
+    ndim = peek(a + uint64(HEADER + NDIM), int32)
+    if ndim != peek(b + uint64(HEADER + NDIM), int32):
+        return False
+    p, q = field(a, SHAPE), field(b, SHAPE)
+    for k in range(ndim):  # noqa: SIM110  Numba has no generators
+        if peek(p + uint64(8 * k), int64) != peek(q + uint64(8 * k), int64):
+            return False
+    return True
+
+
+def survey(objects, known, per_row, addresses, bytes, sizes, kinds):
+    """Read the arrays of a call into a table; False if any of them is not plain.
+
+    `objects` holds the ids of array objects, one row for the gradients, one for the weights and one for
+    each state. Written: the table's `addresses`, how many `bytes` lie at each of them, the `sizes` of the
+    weights and the `kinds` of dtype.
+    """
+    columns, tensors = objects.shape
+    for t in range(tensors):
+        weight = objects[1, t]
+        kind = dtype_of(weight, known, C_CONTIGUOUS | ALIGNED | WRITEABLE)
+        if kind < 0:
+            return False
+        ndim = peek(weight + uint64(HEADER + NDIM), int32)
+        shape = field(weight, SHAPE)
+        size = 1
+        for k in range(ndim):
+            size *= peek(shape + uint64(8 * k), int64)
+        width = peek(shape + uint64(8 * (ndim - 1)), int64) if ndim > 0 else 1
+        if per_row and ndim != 2:
+            return False
+        for c in range(columns):
+            array = objects[c, t]
+            flags = C_CONTIGUOUS | ALIGNED | (WRITEABLE if c > 0 else 0)
+            if dtype_of(array, known, flags) != kind:
+                return False
+            held = size
+            if c > 1 and per_row:
+                held = peek(shape, int64)
+                if peek(array + uint64(HEADER + NDIM), int32) != 2:
+                    return False
+                s = field(array, SHAPE)
+                if peek(s, int64) != held or peek(s + uint64(8), int64) != 1:
+                    return False
+            elif not same_shape(array, weight):
+                return False
+            addresses[t, c] = field(array, DATA)
+            bytes[t, c] = held * (4 if kind == 0 else 8)
+        addresses[t, columns] = width
+        sizes[t] = size
+        kinds[t] = kind
+    return True
+
+
+def clash(addresses, bytes, order):
+    """Whether an array that is written shares memory with any other, all of them in order of address.
+
+    Gradients (column 0) are only read and may share memory with one another.
+    """
+    columns = bytes.shape[1]
+    read = written = uint64(0)  # where the arrays so far end
+    for k in order:
+        t, c = k // columns, k % columns
+        if bytes[t, c] == 0:
+            continue
+        start = addresses[t, c]
+        stop = start + uint64(bytes[t, c])
+        if start < written or (c > 0 and start < read):
+            return True
+        read = max(read, stop)
+        if c > 0:
+            written = max(written, stop)
+    return False
+
+
+survey = cache.compiled(survey, cache.fingerprint(survey), HEADER, nogil=False)  # objects: hold the GIL
+clash = cache.compiled(clash, cache.fingerprint(clash))
+
+
+def read(columns: Sequence[Sequence[Any]], per_row: bool) -> Survey | None:
+    """`survey` of the gradients, the weights and each state; None if any array is not plain."""
+    n = len(columns[0])
+    objects = np.fromiter(map(id, chain.from_iterable(columns)), np.uint64, len(columns) * n)
+    found = Survey(
+        addresses=np.empty((n, len(columns) + 1), np.uint64),
+        bytes=np.empty((n, len(columns)), np.int64),
+        sizes=np.empty(n, np.int64),
+        kinds=np.empty(n, np.int8),
+    )
+    return found if survey(objects.reshape(-1, n), _known(), per_row, *found) else None
+
+
+def overlapping(found: Survey) -> bool:
+    """Whether an array that will be written shares memory with any other."""
+    return clash(found.addresses, found.bytes, np.argsort(found.addresses[:, :-1], axis=None))
+
+
+@functools.cache
+def _known() -> np.ndarray:
+    """What `survey` compares objects with: the ids of the array type and of the dtypes."""
+    return np.array([id(np.ndarray), *map(id, DTYPES)], np.uint64)
+
+
+@functools.cache
+def readable() -> bool:
+    """Whether array objects are laid out as this file says, tried on a few of them."""
+    if np.dtype(np.uintp).itemsize != 8:
+        return False
+    for kind, dtype in enumerate(DTYPES):
+        weight, grad, history = np.zeros((3, 5), dtype), np.zeros((3, 5), dtype), np.zeros((3, 1), dtype)
+        found = read([[grad], [weight], [history]], per_row=True)
+        at = [a.__array_interface__["data"][0] for a in (grad, weight, history)]
+        if found is None or found.addresses.tolist() != [[*at, 5]] or found.kinds.tolist() != [kind]:
+            return False
+        if found.sizes.tolist() != [15] or found.bytes.tolist() != [
+            [grad.nbytes, grad.nbytes, history.nbytes]
+        ]:
+            return False
+        grad.flags.writeable = False
+        strange = (
+            grad,
+            weight[:, ::2],
+            weight.astype(dtype.newbyteorder("S")),
+            weight.astype(int),
+            weight[1:],
+        )
+        if any(read([[weight], [array]], per_row=False) is not None for array in strange):
+            return False
+    return True

@@ -1,0 +1,481 @@
+"""`Optimizer`: hyper-parameters, update counts, multipliers and the registry; what all optimizers share.
+
+An optimizer is a rule and a class. The rule is a plain function of scalars; the class names its states
+and says which numbers it gets at each step. Everything else is here and in the loops.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+
+from . import arguments, device
+from .kernels import cpu, threads
+from .kernels.elements import prepare
+from .lr_scheduler import LRScheduler
+
+__all__ = ["Optimizer", "create", "register"]
+
+Index = Hashable  # MXNet's are ints; names serve as well
+Class = TypeVar("Class", bound="type[Optimizer]")
+
+
+class Plan(NamedTuple):
+    """What a step will use and leave behind, worked out before anything changes."""
+
+    counts: dict[Index, int]
+    num_update: int
+    hyper: np.ndarray  # float64, one row for each tensor: rescale, clip, wd, then the rule's own
+
+
+class Optimizer:
+    """Base class of all optimizers, with the interface of MXNet 2.0's.
+
+    Each step takes the gradients as ::
+
+        grad = clip(rescale_grad * grad, clip_gradient) + wd * weight
+
+    and hands them to the optimizer's own formula. Weights and states are changed in place, gradients
+    never. All arguments of a call are checked before the first weight is written, so a call that raises
+    leaves weights, states and counts as they were.
+
+    Parameters
+    ----------
+    rescale_grad : float, default 1.0
+        Gradients are multiplied by it first; often ``1 / batch_size``. May be changed at any time.
+    param_idx2name : dict of index to str, optional
+        Names of the parameters, for `set_lr_mult`, `set_wd_mult` and error messages.
+    wd : float, default 0.0
+        Weight decay (L2 regularisation) coefficient.
+    clip_gradient : float, optional
+        Rescaled gradients are brought into ``[-clip_gradient, clip_gradient]``. 0 makes them 0.
+    learning_rate : float, optional
+        None means the scheduler's, or 0.01 without one. Given together with a scheduler it replaces the
+        scheduler's ``base_lr``, with a warning if that differs.
+    lr_scheduler : LRScheduler, optional
+        The learning rate as a function of `num_update`.
+    begin_num_update : int, default 0
+        Where the counts of updates begin.
+    multi_precision : bool, default False
+        Keep a float32 copy of half-precision weights in the state, and update that.
+    param_dict : dict of index to object, optional
+        Objects with attributes ``lr_mult`` and ``wd_mult``, which come before all other multipliers.
+    aggregate_num : int, optional
+        How many parameters `Updater` hands over in one call; ``numpy.inf`` for all. Default 1.
+    use_fused_step : bool, optional
+        Whether `update` runs `fused_step` (one compiled pass) or `step` (readable, on whole arrays).
+        Default: fused, for every optimizer that has a rule.
+
+    Attributes
+    ----------
+    rule : callable
+        ``rule(weight, grad, *states, *hyper) -> (weight, *states)``, on scalars or on whole arrays, with
+        the functions of `numba_opt.kernels.scalar`. Where `per_row` is set it gets the mean square of the
+        gradient's row after the states.
+    state_names : tuple of str
+        The rule's states, in the order of its arguments. They begin at zero.
+    per_row : bool
+        Weights are matrices and states hold one number for each row.
+    num_update : int
+        The largest number of updates that any parameter has had.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is unknown, of the wrong type or out of range.
+
+    Examples
+    --------
+    An optimizer of one's own, compiled and parallel:
+
+    >>> import numpy as np, numba_opt
+    >>> from numba_opt.kernels.scalar import sign
+    >>> @numba_opt.register
+    ... class SignSGD(numba_opt.Optimizer):
+    ...     def rule(weight, grad, lr):
+    ...         return (weight - lr * sign(grad),)
+    ...     def hyper(self, lr, t):
+    ...         return (lr,)
+    >>> weight = np.array([1.0, 2.0, 3.0])
+    >>> numba_opt.create("signsgd", learning_rate=0.5).update([0], [weight], [weight - 2], [None])
+    >>> weight
+    array([1.5, 2. , 2.5])
+    """
+
+    opt_registry: ClassVar[dict[str, type[Optimizer]]] = {}
+
+    rule: Callable[..., Any] | None = None
+    state_names: tuple[str, ...] = ()
+    per_row: bool = False
+
+    def __init__(
+        self,
+        rescale_grad: float = 1.0,
+        param_idx2name: Mapping[Index, str] | None = None,
+        wd: float = 0.0,
+        clip_gradient: float | None = None,
+        learning_rate: float | None = None,
+        lr_scheduler: Callable[[int], float] | None = None,
+        begin_num_update: int = 0,
+        multi_precision: bool = False,
+        param_dict: Mapping[Index, Any] | None = None,
+        aggregate_num: float | None = None,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs:
+            raise arguments.unknown(type(self), kwargs)
+        self.rescale_grad = arguments.number("rescale_grad", rescale_grad, minimum=-math.inf)
+        self.wd = arguments.number("wd", wd)
+        self.clip_gradient = arguments.optional("clip_gradient", clip_gradient)
+        self.lr = arguments.optional("learning_rate", learning_rate)
+        self.lr_scheduler = lr_scheduler
+        self._join(lr_scheduler)
+        self.begin_num_update = arguments.count("begin_num_update", begin_num_update, 0)
+        self.num_update = self.begin_num_update
+        self._index_update_count: dict[Index, int] = {}
+        self.multi_precision = bool(multi_precision)
+        if aggregate_num is not None and aggregate_num != math.inf:
+            arguments.count("aggregate_num", aggregate_num, 1)  # type: ignore[arg-type]
+        self.aggregate_num = 1 if aggregate_num is None else aggregate_num
+        for name, value in (("param_idx2name", param_idx2name), ("param_dict", param_dict)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name} must be a dict, got {value!r}")
+        self.idx2name = dict(param_idx2name or {})
+        self.param_dict = param_dict or {}
+        self.use_fused_step = self.rule is not None if use_fused_step is None else bool(use_fused_step)
+        self.lr_mult: dict[Index, float] = {}
+        self.wd_mult: dict[Index, float] = {}
+
+    def _join(self, scheduler: Any) -> None:
+        """Let the learning rate and a scheduler agree about the base."""
+        if scheduler is None:
+            self.lr = 0.01 if self.lr is None else self.lr
+        elif not callable(scheduler):
+            raise TypeError(f"lr_scheduler must be callable with num_update, got {scheduler!r}")
+        elif self.lr is not None and isinstance(scheduler, LRScheduler) and scheduler.base_lr != self.lr:
+            warnings.warn(
+                f"learning_rate={self.lr} replaces the scheduler's base_lr={scheduler.base_lr}; "
+                "pass learning_rate=None to keep the scheduler's",
+                stacklevel=4,
+            )
+            scheduler.base_lr = self.lr
+
+    # ---------------------------------------------------------------- the registry
+
+    @staticmethod
+    def register(klass: Class) -> Class:
+        """Make a class known to `create` by its name, in any case. Serves as a decorator."""
+        if not (isinstance(klass, type) and issubclass(klass, Optimizer)):
+            raise TypeError(f"klass must be a subclass of Optimizer, got {klass!r}")
+        name = klass.__name__.lower()
+        before = Optimizer.opt_registry.get(name)
+        if before is not None and (before.__module__, before.__qualname__) != (
+            klass.__module__,
+            klass.__qualname__,
+        ):
+            warnings.warn(
+                f"{klass.__module__}.{klass.__name__} replaces {before.__module__}.{before.__name__} "
+                "in the registry of optimizers",
+                stacklevel=2,
+            )
+        Optimizer.opt_registry[name] = klass
+        return klass
+
+    @staticmethod
+    def create_optimizer(name: str, **kwargs: Any) -> Optimizer:
+        """An optimizer by its registered name, in any case, with its constructor's arguments.
+
+        Examples
+        --------
+        >>> import numba_opt
+        >>> numba_opt.create("nag", momentum=0.8).momentum
+        0.8
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, got {name!r}")
+        known = Optimizer.opt_registry
+        if name.lower() not in known:
+            names = ", ".join(sorted(klass.__name__ for klass in known.values()))
+            raise ValueError(f"name must be one of {names}, got {name!r}")
+        return known[name.lower()](**kwargs)
+
+    # ---------------------------------------------------------------- learning rates and multipliers
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate as of `num_update` updates, before multipliers."""
+        return self._rate(self.num_update)
+
+    def _rate(self, num_update: int) -> float:
+        if self.lr_scheduler is None:
+            return arguments.number("learning_rate", self.lr)
+        return arguments.number("lr_scheduler(num_update)", self.lr_scheduler(num_update))
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate. With a scheduler that is an error, as in MXNet: a `UserWarning`, raised."""
+        if self.lr_scheduler is not None:
+            raise UserWarning("set_learning_rate has no effect on an optimizer with an lr_scheduler")
+        self.lr = arguments.number("lr", lr)
+
+    def set_lr_mult(self, args_lr_mult: Mapping[Index, float]) -> None:
+        """Set multipliers of the learning rate, by index or by name; all earlier ones are dropped."""
+        self.lr_mult = _multipliers("args_lr_mult", args_lr_mult)
+
+    def set_wd_mult(self, args_wd_mult: Mapping[Index, float]) -> None:
+        """Set multipliers of the weight decay, by index or by name; all earlier ones are dropped."""
+        self.wd_mult = _multipliers("args_wd_mult", args_wd_mult)
+
+    def _multiplier(self, index: Index, kind: str) -> float:
+        if index in self.param_dict:
+            found = getattr(self.param_dict[index], kind)
+            return arguments.number(f"param_dict[{index!r}].{kind}", found)
+        multipliers: dict[Index, float] = getattr(self, kind)
+        if index in multipliers:
+            return multipliers[index]
+        return multipliers.get(self.idx2name[index], 1.0) if index in self.idx2name else 1.0
+
+    def _get_lr(self, index: Index) -> float:
+        """The learning rate of one parameter, as MXNet's subclasses ask for it in their own `step`."""
+        return self.learning_rate * self._multiplier(index, "lr_mult")
+
+    def _get_wd(self, index: Index) -> float:
+        """The weight decay of one parameter."""
+        return self.wd * self._multiplier(index, "wd_mult")
+
+    def _update_count(self, index: Index | Sequence[Index]) -> None:
+        """Count an update of one parameter or of several."""
+        for i in index if isinstance(index, (list, tuple)) else [index]:
+            self._index_update_count[i] = self._index_update_count.get(i, self.begin_num_update) + 1
+            self.num_update = max(self.num_update, self._index_update_count[i])
+
+    # ---------------------------------------------------------------- states
+
+    def create_state(self, index: Index, weight: Any) -> Any:
+        """The states of one parameter, all zero: None, an array, or a tuple of arrays.
+
+        Parameters
+        ----------
+        index : int
+            The parameter's index.
+        weight : array
+            The parameter. States have its shape and dtype; where `per_row` is set, shape ``(rows, 1)``.
+        """
+        weight = device.as_array(weight, f"weight of {self._label(index)}")
+        shape = weight.shape
+        if self.per_row:
+            if len(shape) != 2:
+                raise ValueError(f"weight of {self._label(index)} has shape {shape}; expected 2 dimensions")
+            shape = (shape[0], 1)
+        states = tuple(np.zeros(shape, weight.dtype) for _ in self.state_names)
+        return states if len(states) > 1 else states[0] if states else None
+
+    def create_state_multi_precision(self, index: Index, weight: Any) -> Any:
+        """`create_state`, or ``(float32 weight, its states)`` for half precision with `multi_precision`."""
+        array = device.as_array(weight, f"weight of {self._label(index)}")
+        if device.is_half(array.dtype):
+            if self.multi_precision:
+                master = array.astype(np.float32)
+                return master, self.create_state(index, master)
+            warnings.warn(
+                f"states in {array.dtype} can make training inaccurate or slow to converge; "
+                "multi_precision=True keeps float32 copies",
+                stacklevel=2,
+            )
+        return self.create_state(index, weight)
+
+    # ---------------------------------------------------------------- steps
+
+    def hyper(self, lr: float, t: int) -> tuple[float, ...]:
+        """The rule's hyper-parameters for the `t`-th update (from 1) at learning rate `lr`.
+
+        Computed in double precision once a step, then cast to the weights' precision: constants such as
+        ``1 - beta2`` belong here, not in the rule.
+        """
+        raise TypeError(f"{type(self).__name__} has no rule: define rule and hyper, or override step")
+
+    def step(
+        self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
+    ) -> None:
+        """Update the weights by the rule applied to whole arrays: readable, not fast.
+
+        Parameters
+        ----------
+        indices : list of int
+            The parameters' indices, all different.
+        weights, grads : list of array
+            The parameters and their gradients, of the same shapes and dtypes.
+        states : list
+            What `create_state` gave for each of them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument does not fit; nothing has been changed.
+        """
+        bound, plan = self._begin(indices, weights, grads, states)
+        rule = self._rule()
+        for grad, weight, state, row in zip(
+            bound.arrays[0], bound.arrays[1], _rows(bound.arrays[2:], len(indices)), plan.hyper, strict=True
+        ):
+            h = tuple(row.astype(weight.dtype))
+            with np.errstate(all="ignore"):
+                g = prepare(grad, weight, *h[:3])  # type: ignore[no-untyped-call]
+                reduced = (np.mean(np.square(g), axis=1, keepdims=True),) if self.per_row else ()
+                out = rule(weight, g, *state, *reduced, *h[3:])
+            for array, new in zip((weight, *state), [np.array(x) for x in out], strict=True):
+                array[...] = new
+        bound.write_back()
+        self._commit(plan)
+
+    def fused_step(
+        self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
+    ) -> None:
+        """Update the weights in one compiled pass over all of them. Arguments and errors as in `step`."""
+        bound, plan = self._begin(indices, weights, grads, states)
+        rule = self._rule()
+        kernels = [
+            cpu.dense(rule, len(self.state_names), self.per_row, table.dtype) for table in bound.tables
+        ]
+        for table, kernel in zip(bound.tables, kernels, strict=True):
+            hyper = plan.hyper[table.members].astype(table.dtype)
+            threads.run(kernel, (table.addresses, table.offsets, hyper), int(table.offsets[-1]), cpu.CHUNK)
+        bound.write_back()
+        self._commit(plan)
+
+    def update(
+        self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
+    ) -> None:
+        """`fused_step` or `step`, as `use_fused_step` says. Arguments and errors as in `step`."""
+        (self.fused_step if self.use_fused_step else self.step)(indices, weights, grads, states)
+
+    def update_multi_precision(
+        self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
+    ) -> None:
+        """`update` with the states of `create_state_multi_precision`."""
+        if not self.multi_precision:
+            return self.update(indices, weights, grads, states)
+        self._check_lengths(indices, weights, grads, states)
+        work = [list(weights), list(grads), list(states)]
+        masters = []
+        for t, index in enumerate(indices):
+            array = device.as_array(weights[t], f"weight of {self._label(index)}")
+            if device.is_half(array.dtype):
+                grad = device.as_array(grads[t], f"gradient of {self._label(index)}")
+                master, state = device.master(array, grad, states[t], self._label(index))
+                masters.append((array, master))
+                work[0][t], work[1][t], work[2][t] = master, grad.astype(np.float32), state
+        self.update(indices, *work)
+        for array, master in masters:
+            array[...] = master
+        return None
+
+    def _begin(
+        self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
+    ) -> tuple[device.Bound, Plan]:
+        """Check everything and work out the numbers of a step; changes nothing."""
+        self._check_lengths(indices, weights, grads, states)
+        columns = (grads, weights, *self._state_columns(indices, states))
+        names = ("gradient", "weight", *(f"state {name!r}" for name in self.state_names))
+        bound = device.bind(columns, names, self.per_row, lambda t: self._label(indices[t]))
+        return bound, self._plan(indices)
+
+    def _check_lengths(self, indices: Any, *lists: Any) -> None:
+        for name, values in zip(("indices", "weights", "grads", "states"), (indices, *lists), strict=True):
+            if not isinstance(values, (list, tuple)):
+                raise TypeError(f"{name} must be a list, got {type(values).__name__}")
+            if len(values) != len(indices):
+                raise ValueError(f"{name} has length {len(values)}; expected {len(indices)}, as indices")
+        if len(set(indices)) != len(indices):
+            twice = next(index for index in indices if indices.count(index) > 1)
+            raise ValueError(f"indices must be all different, got {twice!r} more than once")
+
+    def _state_columns(self, indices: Sequence[Index], states: Sequence[Any]) -> tuple[Sequence[Any], ...]:
+        """The parameters' states as one column for each of the optimizer's states."""
+        n = len(self.state_names)
+        if n == 1:
+            return (states,)
+        for index, state in zip(indices, states, strict=True):
+            if n == 0 and state is not None:
+                raise TypeError(f"state of {self._label(index)} is {type(state).__name__}; expected None")
+            if n > 1 and not (isinstance(state, (tuple, list)) and len(state) == n):
+                raise TypeError(
+                    f"state of {self._label(index)} is {type(state).__name__}; "
+                    f"expected a tuple of {n} arrays: {', '.join(self.state_names)}"
+                )
+        return tuple(zip(*states, strict=True)) if n and states else ((),) * n
+
+    def _plan(self, indices: Sequence[Index]) -> Plan:
+        """The counts and hyper-parameters of the next update of some parameters; changes nothing."""
+        if not math.isfinite(self.rescale_grad):
+            raise ValueError(f"rescale_grad must be a finite number, got {self.rescale_grad!r}")
+        counts: dict[Index, int] = {}
+        num_update = self.num_update
+        lr = None
+        rows: dict[tuple[float, float, int], int] = {}  # different ones are few
+        which = []
+        alike = not (self.param_dict or self.lr_mult or self.wd_mult)
+        for index in indices:
+            t = counts[index] = self._index_update_count.get(index, self.begin_num_update) + 1
+            if lr is None or t > num_update:  # as in MXNet, a parameter's count includes those before it
+                num_update = max(num_update, t)
+                lr = self._rate(num_update)
+            key = (lr, self.wd, t)
+            if not alike:
+                key = (
+                    lr * self._multiplier(index, "lr_mult"),
+                    self.wd * self._multiplier(index, "wd_mult"),
+                    t,
+                )
+            which.append(rows.setdefault(key, len(rows)))
+        clip = math.inf if self.clip_gradient is None else self.clip_gradient
+        hyper = np.array(
+            [(self.rescale_grad, clip, wd, *self.hyper(lr, t)) for lr, wd, t in rows], np.float64
+        )
+        if np.isnan(hyper).any():
+            raise ValueError(f"hyper-parameters must not be NaN, got {self!r}")
+        return Plan(counts, num_update, hyper[which])
+
+    def _commit(self, plan: Plan) -> None:
+        self._index_update_count.update(plan.counts)
+        self.num_update = plan.num_update
+
+    def _rule(self) -> Callable[..., Any]:
+        rule: Any = self.rule
+        if rule is None:
+            self.hyper(0.0, 1)  # raises, in words
+        return getattr(rule, "__func__", rule)  # a function in a class body may come bound
+
+    def _label(self, index: Index) -> str:
+        name = self.idx2name.get(index)
+        return f"parameter {index!r}" if name is None else f"parameter {index!r} ({name!r})"
+
+    # ---------------------------------------------------------------- as a value
+
+    def __repr__(self) -> str:
+        named = {name: getattr(self, name) for name in arguments.names(type(self)) if hasattr(self, name)}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in named.items())})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "param_dict"}  # objects of the program
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, param_dict={})
+
+
+def _multipliers(name: str, given: Mapping[Index, float]) -> dict[Index, float]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must be a dict of index or name to number, got {given!r}")
+    return {key: arguments.number(f"{name}[{key!r}]", value) for key, value in given.items()}
+
+
+def _rows(columns: Sequence[Sequence[Any]], n: int) -> Sequence[tuple[Any, ...]]:
+    return list(zip(*columns, strict=True)) if columns else [()] * n
+
+
+register = Optimizer.register
+create = Optimizer.create_optimizer

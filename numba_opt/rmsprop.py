@@ -1,0 +1,109 @@
+"""RMSProp, plain and centered."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from . import arguments
+from .kernels.scalar import clip, maximum, sqrt
+from .optimizer import Optimizer, register
+
+__all__ = ["RMSProp"]
+
+
+def rmsprop(weight, grad, var, lr, rho, rest, epsilon, bound):
+    var = rho * var + rest * grad * grad
+    return clip(weight - lr * grad / (sqrt(var) + epsilon), bound), var
+
+
+def centered_rmsprop(weight, grad, mean, var, mom, lr, rho, rest, epsilon, bound, momentum):
+    mean = rho * mean + rest * grad
+    var = rho * var + rest * grad * grad
+    mom = momentum * mom - lr * grad / sqrt(maximum(var - mean * mean, 0) + epsilon)
+    return clip(weight + mom, bound), mean, var, mom
+
+
+@register
+class RMSProp(Optimizer):
+    """RMSProp: gradients divided by the root of their running mean square.
+
+    ::
+
+        grad = clip(rescale_grad * grad, clip_gradient) + wd * weight
+        var = rho * var + (1 - rho) * grad**2
+        weight -= lr * grad / (sqrt(var) + epsilon)
+
+    and with ``centered=True`` ::
+
+        mean = rho * mean + (1 - rho) * grad
+        var = rho * var + (1 - rho) * grad**2
+        mom = momentum * mom - lr * grad / sqrt(max(var - mean**2, 0) + epsilon)
+        weight += mom
+
+    after which the weight is brought into ``[-clip_weights, clip_weights]``.
+
+    Parameters
+    ----------
+    learning_rate : float, default 0.001
+    rho : float, default 0.9
+        Decay of the running means, in [0, 1).
+    momentum : float, default 0.9
+        At least 0; only used if `centered`.
+    epsilon : float, default 1e-8
+        At least 0. Keeps the division finite.
+    centered : bool, default False
+        Divide by the standard deviation instead of the root mean square.
+    clip_weights : float, optional
+        Limit of the weights; None or 0, as in MXNet, for none.
+    use_fused_step : bool, default True
+        Whether `update` runs the compiled pass.
+    **kwargs
+        Those of `Optimizer`.
+
+    Notes
+    -----
+    The state is ``var``, or ``(mean, var, mom)`` if centered, of the weight's shape and dtype. MXNet's
+    states are float32 whatever the weight is. Rounding can make ``var - mean**2`` slightly negative when
+    gradients hardly change; MXNet then gets NaN, while here the variance counts as 0.
+
+    References
+    ----------
+    T. Tieleman and G. Hinton, "Lecture 6.5 - RMSProp", 2012. Centered: A. Graves, "Generating sequences
+    with recurrent neural networks", https://arxiv.org/abs/1308.0850, equations 38 to 45.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_opt
+    >>> weight, grad = np.array([1.0, 2.0]), np.array([0.5, -0.5])
+    >>> optimizer = numba_opt.RMSProp(learning_rate=0.1, rho=0.75)
+    >>> state = optimizer.create_state(0, weight)
+    >>> optimizer.update([0], [weight], [grad], [state])
+    >>> weight.round(4)
+    array([0.8, 2.2])
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.001,
+        rho: float = 0.9,
+        momentum: float = 0.9,
+        epsilon: float = 1e-8,
+        centered: bool = False,
+        clip_weights: float | None = None,
+        use_fused_step: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.rho = arguments.number("rho", rho, below=1)
+        self.momentum = arguments.number("momentum", momentum)
+        self.epsilon = arguments.number("epsilon", epsilon)
+        self.centered = bool(centered)
+        self.clip_weights = arguments.optional("clip_weights", clip_weights)
+        self.rule, self.state_names = (
+            (centered_rmsprop, ("mean", "var", "mom")) if self.centered else (rmsprop, ("var",))
+        )
+
+    def hyper(self, lr: float, t: int) -> tuple[float, ...]:
+        plain = (lr, self.rho, 1 - self.rho, self.epsilon, self.clip_weights or math.inf)
+        return (*plain, self.momentum) if self.centered else plain
