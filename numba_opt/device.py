@@ -3,12 +3,13 @@
 Kernels work on raw addresses, so this is the border where memory safety is decided. `bind` takes the
 arrays of one call and returns what the kernels need, or raises before anything has been written. Plain
 NumPy arrays are read in bulk (`numba_opt.kernels.ndarray`); anything else is looked at one by one, and
-what a kernel cannot take as it lies (a strided view, a half-precision array) is worked on in a copy
-that is written back.
+what a kernel cannot take as it lies (a strided view, a misaligned array) is worked on in a copy that is
+written back.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,9 +22,9 @@ Columns = Sequence[Sequence[Any]]
 
 
 class Table(NamedTuple):
-    """The tensors of a call that share a dtype, as a kernel takes them."""
+    """The tensors of a call that are stored alike, as a kernel takes them (`numba_opt.kernels.cpu`)."""
 
-    dtype: str
+    layout: str
     members: np.ndarray  # their positions in the call's lists
     addresses: np.ndarray
     offsets: np.ndarray  # each tensor's first element on the kernel's long line, then the line's length
@@ -33,28 +34,33 @@ class Bound(NamedTuple):
     """The arrays of a call, checked. It keeps them alive for as long as it holds their addresses."""
 
     tables: list[Table]
-    arrays: Columns  # gradients, weights, then each state, as the kernels work on them
-    copies: list[tuple[np.ndarray, np.ndarray]]  # (the caller's array, what is worked on instead)
+    arrays: Columns  # as the kernels work on them
+    replaced: list[tuple[np.ndarray, np.ndarray]]  # (the caller's array, what is worked on instead)
 
     def write_back(self) -> None:
-        """Bring what was worked on in copies to where it came from."""
-        for array, copy in self.copies:
-            array[...] = copy
+        """Bring what was worked on in place of an array to where it belongs."""
+        for array, work in self.replaced:
+            array[...] = work
 
 
-def bind(columns: Columns, names: Sequence[str], per_row: bool, label: Callable[[int], str]) -> Bound:
-    """The arrays of a call as tables of addresses, one for each dtype, all of it checked.
+class Request(NamedTuple):
+    """The arrays of one call and what is asked of them.
 
-    Parameters
-    ----------
-    columns : sequence of sequence of array
-        The gradients, the weights and each state, every column of the same length.
-    names : sequence of str
-        What a column holds, for the errors.
-    per_row : bool
-        Weights are matrices and a state holds one number for each row, shape ``(rows, 1)``.
-    label : callable
-        Names the parameter at a position, for the errors.
+    `columns` holds the gradients, the weights and each state, every column of the same length, and perhaps
+    the half-precision copies of the weights, None for a weight that has none; `names` says what a column
+    holds and `label` what the parameter at a position is called, for the errors. With `per_row`, weights
+    are matrices and a state has the shape ``(rows, 1)``.
+    """
+
+    columns: Columns
+    names: Sequence[str]
+    n_state: int
+    per_row: bool
+    label: Callable[[int], str]
+
+
+def bind(request: Request) -> Bound:
+    """The arrays of a call as tables of addresses, one for each way to store them, all of it checked.
 
     Raises
     ------
@@ -63,24 +69,48 @@ def bind(columns: Columns, names: Sequence[str], per_row: bool, label: Callable[
     ValueError
         Shapes or dtypes differ, something cannot be written, or arrays share memory.
     """
-    copies: list[tuple[np.ndarray, np.ndarray]] = []
-    found = ndarray.read(columns, per_row) if ndarray.readable() else None
-    if found is None or ndarray.overlapping(found):
-        columns, copies = _one_by_one(columns, names, per_row, label)
+    columns = request.columns
+    replaced: list[tuple[np.ndarray, np.ndarray]] = []
+    found = ndarray.read(columns, request.n_state, request.per_row) if ndarray.readable() else None
+    if (
+        found is None
+        or not all(layout_of(code, len(columns), request.n_state) for code in set(found.codes.tolist()))
+        or ndarray.overlapping(found)
+    ):
+        columns, replaced = _one_by_one(request)
         found = _ask(columns)
-    return Bound(_tables(found), columns, copies)
+    return Bound(tables(found, request.n_state), columns, replaced)
 
 
-def _tables(found: ndarray.Survey) -> list[Table]:
-    """One table for each dtype among the arrays."""
+def tables(found: ndarray.Survey, n_state: int) -> list[Table]:
+    """One table for each layout among the arrays."""
     result = []
-    for kind, dtype in enumerate(ndarray.DTYPES):
-        members = np.flatnonzero(found.kinds == kind)
-        if len(members):
-            offsets = np.zeros(len(members) + 1, np.int64)
-            np.cumsum(found.sizes[members], out=offsets[1:])
-            result.append(Table(dtype.str[1:], members, found.addresses[members], offsets))
+    for code in sorted(set(found.codes.tolist())):
+        members = np.flatnonzero(found.codes == code)
+        offsets = np.zeros(len(members) + 1, np.int64)
+        np.cumsum(found.sizes[members], out=offsets[1:])
+        layout = layout_of(code, found.bytes.shape[1], n_state)
+        result.append(Table(layout, members, found.addresses[members], offsets))
     return result
+
+
+@functools.cache
+def layout_of(code: int, columns: int, n_state: int) -> str:
+    """How arrays with these dtypes are laid out for a kernel; empty if none takes them together."""
+    numbers = [code >> (ndarray.BITS * c) & ndarray.ABSENT for c in range(columns)]
+    if numbers[-1] == ndarray.ABSENT:
+        numbers.pop()
+    grad, weight, *rest = (ndarray.CODES[number] for number in numbers)
+    states, copy = rest[:n_state], rest[n_state:]
+    fits = grad in gradients_for(weight, *copy) and all(state == weight for state in states)
+    return " ".join((grad, weight, *rest)) if fits else ""
+
+
+def gradients_for(weight: str, copy: str = "") -> tuple[str, ...]:
+    """The gradients' dtypes that go with a weight's: the same, or half precision for a float32 weight."""
+    if copy:
+        return (copy, "f4")
+    return ("f4", "f2", "b2") if weight == "f4" else (weight,)
 
 
 def as_array(value: Any, what: str) -> np.ndarray:
@@ -112,58 +142,66 @@ def is_half(dtype: np.dtype) -> bool:
     return dtype == np.float16 or dtype.name == "bfloat16"
 
 
-def master(weight: np.ndarray, grad: np.ndarray, state: Any, label: str) -> tuple[np.ndarray, Any]:
-    """The float32 copy and the states of a half-precision weight, checked against it and its gradient."""
-    if not (isinstance(state, (tuple, list)) and len(state) == 2 and isinstance(state[0], np.ndarray)):
-        raise TypeError(f"state of {label} is {_type(state)}; expected (float32 weight, states)")
-    _check_match(state[0], f"float32 weight of {label}", np.dtype(np.float32), weight.shape)
-    _check_match(grad, f"gradient of {label}", weight.dtype, weight.shape)
-    _check_writable(weight, f"weight of {label}")
-    _check_apart([[grad], [weight]], ("gradient", "weight"), lambda t: label)
-    return state[0], state[1]
+def _code(dtype: np.dtype) -> str:
+    """The code of a dtype in layouts; empty if kernels do not know it."""
+    known = ndarray.dtypes()
+    return ndarray.CODES[known.index(dtype)] if dtype in known else ""
 
 
 def _type(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
-def _one_by_one(
-    columns: Columns, names: Sequence[str], per_row: bool, label: Callable[[int], str]
-) -> tuple[list[list[np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]:
-    """`columns` as arrays that a kernel can take, and the copies among them; every array is checked."""
-    arrays = [
-        [as_array(value, f"{name} of {label(t)}") for t, value in enumerate(column)]
-        for name, column in zip(names, columns, strict=True)
+def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarray, np.ndarray]]]:
+    """The columns as arrays that a kernel can take, and what stands in for others; all of it checked."""
+    columns, names, n_state, per_row, label = request
+    arrays: list[list[Any]] = [
+        [
+            None if value is None and c == 2 + n_state else as_array(value, f"{name} of {label(t)}")
+            for t, value in enumerate(column)
+        ]
+        for c, (name, column) in enumerate(zip(names, columns, strict=True))
     ]
     for t, weight in enumerate(arrays[1]):
-        _check_dtype(weight, f"weight of {label(t)}")
+        if not _code(weight.dtype):
+            raise TypeError(
+                f"weight of {label(t)} is {weight.dtype}; expected float32, float64, float16 or bfloat16"
+            )
         if per_row and weight.ndim != 2:
             raise ValueError(f"weight of {label(t)} has shape {weight.shape}; expected 2 dimensions")
         for c, (name, column) in enumerate(zip(names, arrays, strict=True)):
-            shape = (weight.shape[0], 1) if per_row and c > 1 else weight.shape
-            _check_match(column[t], f"{name} of {label(t)}", weight.dtype, shape)
-            if c > 0:
-                _check_writable(column[t], f"{name} of {label(t)}")
+            if column[t] is not None:
+                what = f"{name} of {label(t)}"
+                rows = per_row and 2 <= c < 2 + n_state
+                _check_shape(column[t], what, (weight.shape[0], 1) if rows else weight.shape)
+                if c > 0:
+                    _check_writable(column[t], what)
+                if 2 <= c < 2 + n_state and column[t].dtype != weight.dtype:
+                    raise TypeError(f"{what} is {column[t].dtype}; expected {weight.dtype}, as the weight")
+        copies = arrays[2 + n_state : 3 + n_state]
+        _check_gradient(arrays[0][t], weight, f"gradient of {label(t)}", *(copy[t] for copy in copies))
     _check_apart(arrays, names, label)
-    copies = []
+    replaced = []
     for c, column in enumerate(arrays):
         for t, array in enumerate(column):
-            dtype = np.float32 if is_half(array.dtype) else array.dtype
-            column[t] = np.require(array, dtype, ["C", "A"])
-            if c > 0 and column[t] is not array:
-                copies.append((array, column[t]))
-    return arrays, copies
+            if array is not None:
+                column[t] = np.require(array, requirements=["C", "A"])
+                if c > 0 and column[t] is not array:
+                    replaced.append((array, column[t]))
+    return arrays, replaced
 
 
-def _check_dtype(weight: np.ndarray, what: str) -> None:
-    if weight.dtype not in ndarray.DTYPES and not is_half(weight.dtype):
-        raise TypeError(f"{what} is {weight.dtype}; expected float32, float64, float16 or bfloat16")
+def _check_gradient(grad: np.ndarray, weight: np.ndarray, what: str, copy: np.ndarray | None = None) -> None:
+    """Refuse a gradient whose dtype does not go with the weight's, or a copy's that does not."""
+    if copy is not None and not (weight.dtype == np.float32 and is_half(copy.dtype)):
+        raise TypeError(f"{what}: expected a float32 weight with a half-precision copy")
+    codes = gradients_for(_code(weight.dtype), "" if copy is None else _code(copy.dtype))
+    if _code(grad.dtype) not in codes:
+        expected = weight.dtype if copy is None else copy.dtype
+        raise TypeError(f"{what} is {grad.dtype}; expected {expected}, as the weight")
 
 
-def _check_match(array: np.ndarray, what: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    if array.dtype != dtype:
-        kind = TypeError if array.dtype.kind not in "fV" else ValueError
-        raise kind(f"{what} is {array.dtype}; expected {dtype}, as the weight")
+def _check_shape(array: np.ndarray, what: str, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ValueError(f"{what} has shape {array.shape}; expected {shape}")
 
@@ -180,12 +218,12 @@ def _check_writable(array: np.ndarray, what: str) -> None:
         reach = max(reach, array.itemsize) + stride * (length - 1)
 
 
-def _check_apart(arrays: list[list[np.ndarray]], names: Sequence[str], label: Callable[[int], str]) -> None:
+def _check_apart(arrays: list[list[Any]], names: Sequence[str], label: Callable[[int], str]) -> None:
     """Refuse an array that will be written and shares memory with any other."""
     spans = []
     for c, column in enumerate(arrays):
         for t, array in enumerate(column):
-            if array.size:
+            if array is not None and array.size:
                 start, stop = np.lib.array_utils.byte_bounds(array)
                 spans.append((start, stop, c, t))
     spans.sort()
@@ -210,14 +248,22 @@ def _share(a: np.ndarray, b: np.ndarray) -> bool:
         return True
 
 
-def _ask(columns: Sequence[Sequence[np.ndarray]]) -> ndarray.Survey:
+def _ask(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
     """What `numba_opt.kernels.ndarray.read` finds, from each array's own word."""
     weights = columns[1]
     width = [w.shape[-1] if w.ndim else 1 for w in weights]
-    at = [[a.__array_interface__["data"][0] for a in column] for column in columns]
+    at = [[0 if a is None else a.__array_interface__["data"][0] for a in column] for column in columns]
+    numbers = [
+        [ndarray.ABSENT if a is None else ndarray.CODES.index(_code(a.dtype)) for a in column]
+        for column in columns
+    ]
     return ndarray.Survey(
-        addresses=np.array([*at, width], np.uint64).T.copy(),
-        bytes=np.array([[a.nbytes for a in column] for column in columns], np.int64).T.copy(),
+        addresses=np.array([*at, width, [0] * len(width)], np.uint64).T.copy(),
+        bytes=np.array([[0 if a is None else a.nbytes for a in column] for column in columns]).T.copy(),
         sizes=np.array([w.size for w in weights], np.int64),
-        kinds=np.array([ndarray.DTYPES.index(w.dtype) for w in weights], np.int8),
+        codes=np.array([_pack(kinds) for kinds in zip(*numbers, strict=True)], np.int64),
     )
+
+
+def _pack(kinds: Sequence[int]) -> int:
+    return sum(kind << (ndarray.BITS * c) for c, kind in enumerate(kinds))

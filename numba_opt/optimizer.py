@@ -29,7 +29,8 @@ class Plan(NamedTuple):
 
     counts: dict[Index, int]
     num_update: int
-    hyper: np.ndarray  # float64, one row for each tensor: rescale, clip, wd, then the rule's own
+    hyper: np.ndarray  # float64, the rows that differ: rescale, clip, wd, then the rule's own
+    which: list[int]  # each tensor's row
 
 
 class Optimizer:
@@ -318,34 +319,14 @@ class Optimizer:
             An argument does not fit; nothing has been changed.
         """
         bound, plan = self._begin(indices, weights, grads, states)
-        rule = self._rule()
-        for grad, weight, state, row in zip(
-            bound.arrays[0], bound.arrays[1], _rows(bound.arrays[2:], len(indices)), plan.hyper, strict=True
-        ):
-            h = tuple(row.astype(weight.dtype))
-            with np.errstate(all="ignore"):
-                g = prepare(grad, weight, *h[:3])  # type: ignore[no-untyped-call]
-                reduced = (np.mean(np.square(g), axis=1, keepdims=True),) if self.per_row else ()
-                out = rule(weight, g, *state, *reduced, *h[3:])
-            for array, new in zip((weight, *state), [np.array(x) for x in out], strict=True):
-                array[...] = new
-        bound.write_back()
-        self._commit(plan)
+        self._run_arrays(bound, plan)
 
     def fused_step(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
     ) -> None:
         """Update the weights in one compiled pass over all of them. Arguments and errors as in `step`."""
         bound, plan = self._begin(indices, weights, grads, states)
-        rule = self._rule()
-        kernels = [
-            cpu.dense(rule, len(self.state_names), self.per_row, table.dtype) for table in bound.tables
-        ]
-        for table, kernel in zip(bound.tables, kernels, strict=True):
-            hyper = plan.hyper[table.members].astype(table.dtype)
-            threads.run(kernel, (table.addresses, table.offsets, hyper), int(table.offsets[-1]), cpu.CHUNK)
-        bound.write_back()
-        self._commit(plan)
+        self._run_kernels(bound, plan)
 
     def update(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
@@ -356,33 +337,86 @@ class Optimizer:
     def update_multi_precision(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
     ) -> None:
-        """`update` with the states of `create_state_multi_precision`."""
+        """`update` with the states of `create_state_multi_precision`.
+
+        The gradient of a half-precision weight with a float32 copy may be of either precision.
+        """
         if not self.multi_precision:
             return self.update(indices, weights, grads, states)
-        self._check_lengths(indices, weights, grads, states)
-        work = [list(weights), list(grads), list(states)]
-        masters = []
-        for t, index in enumerate(indices):
-            array = device.as_array(weights[t], f"weight of {self._label(index)}")
-            if device.is_half(array.dtype):
-                grad = device.as_array(grads[t], f"gradient of {self._label(index)}")
-                master, state = device.master(array, grad, states[t], self._label(index))
-                masters.append((array, master))
-                work[0][t], work[1][t], work[2][t] = master, grad.astype(np.float32), state
-        self.update(indices, *work)
-        for array, master in masters:
-            array[...] = master
-        return None
+        bound, plan = self._begin(indices, weights, grads, states, masters=True)
+        return (self._run_kernels if self.use_fused_step else self._run_arrays)(bound, plan)
 
     def _begin(
-        self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
+        self,
+        indices: Sequence[Index],
+        weights: Sequence[Any],
+        grads: Sequence[Any],
+        states: Sequence[Any],
+        masters: bool = False,
     ) -> tuple[device.Bound, Plan]:
         """Check everything and work out the numbers of a step; changes nothing."""
         self._check_lengths(indices, weights, grads, states)
-        columns = (grads, weights, *self._state_columns(indices, states))
         names = ("gradient", "weight", *(f"state {name!r}" for name in self.state_names))
-        bound = device.bind(columns, names, self.per_row, lambda t: self._label(indices[t]))
-        return bound, self._plan(indices)
+        columns: tuple[Sequence[Any], ...]
+        if masters:
+            weights, states, copies = self._masters(indices, weights, states)
+            names = (*names, "half-precision weight")
+            columns = (grads, weights, *self._state_columns(indices, states), copies)
+        else:
+            columns = (grads, weights, *self._state_columns(indices, states))
+        label = lambda t: self._label(indices[t])  # noqa: E731
+        request = device.Request(columns, names, len(self.state_names), self.per_row, label)
+        return device.bind(request), self._plan(indices)
+
+    def _run_kernels(self, bound: device.Bound, plan: Plan) -> None:
+        """One compiled pass over all tensors."""
+        rule = self._rule()
+        n_state = len(self.state_names)
+        kernels = [cpu.dense(rule, n_state, self.per_row, table.layout) for table in bound.tables]
+        which = np.array(plan.which)
+        for table, kernel in zip(bound.tables, kernels, strict=True):
+            table.addresses[:, -1] = which[table.members]
+            hyper = plan.hyper.astype(cpu.compute_dtype(table.layout))
+            threads.run(kernel, (table.addresses, table.offsets, hyper), int(table.offsets[-1]), cpu.CHUNK)
+        bound.write_back()
+        self._commit(plan)
+
+    def _run_arrays(self, bound: device.Bound, plan: Plan) -> None:
+        """The rule on whole arrays, one tensor after another."""
+        rule = self._rule()
+        end = 2 + len(self.state_names)
+        for t, k in enumerate(plan.which):
+            grad, weight, *rest = (column[t] for column in bound.arrays)
+            real = np.float64 if weight.dtype == np.float64 else np.float32
+            h = tuple(plan.hyper[k].astype(real))
+            w, *state = (array.astype(real) for array in (weight, *rest[: end - 2]))
+            with np.errstate(all="ignore"):
+                g = prepare(grad.astype(real), w, *h[:3])  # type: ignore[no-untyped-call]
+                reduced = (np.mean(np.square(g), axis=1, keepdims=True),) if self.per_row else ()
+                out = rule(w, g, *state, *reduced, *h[3:])
+                for array, new in zip((weight, *rest), (*out, out[0]), strict=False):
+                    if array is not None:
+                        array[...] = new
+        bound.write_back()
+        self._commit(plan)
+
+    def _masters(
+        self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """What to update instead of half-precision weights, its states, and the weights as copies."""
+        work: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        for index, weight, state in zip(indices, weights, states, strict=True):
+            label = self._label(index)
+            copy = None
+            if device.is_half(device.as_array(weight, f"weight of {label}").dtype):
+                if not (isinstance(state, (tuple, list)) and len(state) == 2):
+                    raise TypeError(
+                        f"state of {label} is {type(state).__name__}; expected (float32 weight, state)"
+                    )
+                copy, (weight, state) = weight, state
+            for column, value in zip(work, (weight, state, copy), strict=True):
+                column.append(value)
+        return work
 
     def _check_lengths(self, indices: Any, *lists: Any) -> None:
         for name, values in zip(("indices", "weights", "grads", "states"), (indices, *lists), strict=True):
@@ -438,7 +472,7 @@ class Optimizer:
         )
         if np.isnan(hyper).any():
             raise ValueError(f"hyper-parameters must not be NaN, got {self!r}")
-        return Plan(counts, num_update, hyper[which])
+        return Plan(counts, num_update, hyper, which)
 
     def _commit(self, plan: Plan) -> None:
         self._index_update_count.update(plan.counts)

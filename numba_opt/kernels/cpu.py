@@ -5,9 +5,11 @@ elements count as one long line, cut into chunks of equal length, and every thre
 the next chunk until none is left. So tensors of any sizes share the threads evenly, no thread waits for
 a slower one to take its turn, and the result does not depend on who did what.
 
-A table has a row of uint64 for each tensor: the address of its gradient, of its weight, of each state,
-and last the length of its rows. Hyper-parameters come as one row of reals for each tensor: ``rescale,
-clip, wd`` and then the rule's own.
+A table has a row of uint64 for each tensor: the addresses of its gradient, of its weight, of each state
+and of the copy of the weight in half precision (0 where there is none), then the length of its rows, and
+the number of its row of hyper-parameters. Those are reals: ``rescale, clip, wd`` and then the rule's own.
+How the elements behind the addresses are stored is the table's layout, one code for each array, such as
+``"f2 f4 f4 f2"``: a float16 gradient and copy, a float32 weight and state.
 """
 
 from __future__ import annotations
@@ -53,13 +55,13 @@ tensor_at = register_jitable(tensor_at)
 
 
 @functools.cache
-def dense(rule: Callable[..., Any], n_state: int, per_row: bool, dtype: str) -> Any:
+def dense(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) -> Any:
     """The kernel that applies a rule to all elements of all tensors of a table.
 
     ``kernel(table, offsets, hyper, progress)``: `offsets` are the tensors' first elements on the long
     line and its length; `progress` two int64 zeros, for the chunks claimed and the chunks done.
     """
-    span = (_row_span if per_row else _element_span)(rule, n_state, dtype)
+    span = (_row_span if per_row else _element_span)(rule, n_state, layout)
 
     def kernel(table, offsets, hyper, progress):
         total = offsets[-1]
@@ -73,50 +75,59 @@ def dense(rule: Callable[..., Any], n_state: int, per_row: bool, dtype: str) -> 
             t = tensor_at(offsets, start)
             while start < stop:
                 end = min(stop, offsets[t + 1])
-                span(table[t], hyper[t], start - offsets[t], end - offsets[t])
+                row = table[t]
+                span(row, hyper[row[-1]], start - offsets[t], end - offsets[t])
                 start = end
                 t += 1
             fetch_add(progress, 1, 1)
 
-    compiled = cache.compiled(kernel, cache.fingerprint(rule), n_state, per_row, dtype)
-    line, real = types.int64[::1], from_dtype(np.dtype(dtype))
+    compiled = cache.compiled(kernel, cache.fingerprint(rule), n_state, per_row, layout)
+    line, real = types.int64[::1], from_dtype(compute_dtype(layout))
     compiled.compile((types.uint64[:, ::1], line, real[:, ::1], line))
     compiled.disable_compile()
     return compiled
 
 
-def _element_span(rule: Callable[..., Any], n_state: int, dtype: str) -> Callable[..., Any]:
+def compute_dtype(layout: str) -> np.dtype:
+    """The precision in which a rule is evaluated: double for double weights, else single."""
+    return np.dtype("f8" if layout.split()[1] == "f8" else "f4")
+
+
+def _element_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
     """A loop over a range of elements of one tensor."""
     rule = register_jitable(rule)  # not njit: a dispatcher's random id would defeat the disk cache
-    real = np.dtype(dtype)
-    n_array = 2 + n_state
-    n_hyper = 3 + rule.__code__.co_argcount - n_array
+    n_array = len(layout.split())
+    end = 2 + n_state  # of what is read; a copy may follow, which is written
+    n_hyper = 3 + rule.__code__.co_argcount - end
 
     @register_jitable
     def span(row, hyper, start, stop):
-        array = pointers(to_fixed_tuple(row, n_array), real)
+        array = pointers(to_fixed_tuple(row, n_array), layout)
         h = to_fixed_tuple(hyper, n_hyper)
         for i in range(np.uintp(start), np.uintp(stop)):  # an index that may be negative won't vectorise
-            value = load(array, i)
+            value = load(array[:end], i)
             grad = prepare(value[0], value[1], h[0], h[1], h[2])
-            store(array[1:], i, rule(value[1], grad, *value[2:], *h[3:]))
+            out = rule(value[1], grad, *value[2:], *h[3:])
+            store(array[1:end], i, out)
+            store(array[end:], i, out)
 
     return span
 
 
-def _row_span(rule: Callable[..., Any], n_state: int, dtype: str) -> Callable[..., Any]:
+def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
     """A loop over the rows that begin in a range of elements: their mean square, then their elements."""
     rule = register_jitable(rule)
-    real = np.dtype(dtype)
-    n_array = 2 + n_state
-    n_hyper = 3 + rule.__code__.co_argcount - n_array - 1
+    real = compute_dtype(layout)
+    n_array = len(layout.split())
+    end = 2 + n_state
+    n_hyper = 3 + rule.__code__.co_argcount - end - 1
 
     @register_jitable
     def span(row, hyper, start, stop):
-        array = pointers(to_fixed_tuple(row, n_array), real)
-        element, states = array[:2], array[2:]
+        array = pointers(to_fixed_tuple(row, n_array), layout)
+        element, states, copy = array[:2], array[2:end], array[end:]
         h = to_fixed_tuple(hyper, n_hyper)
-        width = np.int64(row[n_array])
+        width = np.int64(row[-2])
         lanes = np.empty(LANES, real)
         for r in range(ceildiv(start, width), ceildiv(stop, width)):
             first = np.uintp(r * width)
@@ -133,6 +144,7 @@ def _row_span(rule: Callable[..., Any], n_state: int, dtype: str) -> Callable[..
                 grad = prepare(value[0], value[1], h[0], h[1], h[2])
                 out = rule(value[1], grad, *state, mean_square, *h[3:])
                 store(element[1:], first + j, out[:1])
+                store(copy, first + j, out[:1])
                 new = out[1:]
             store(states, np.uintp(r), new)
 

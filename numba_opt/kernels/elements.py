@@ -10,7 +10,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from . import half
 from .scalar import clip
+
+# How an array's elements lie in memory, by the code of its dtype in a layout.
+STORAGE = {"f4": types.float32, "f8": types.float64, "f2": half.HALF, "b2": half.BFLOAT}
 
 
 def prepare(grad, weight, rescale, bound, wd):
@@ -18,27 +22,36 @@ def prepare(grad, weight, rescale, bound, wd):
     return clip(rescale * grad, bound) + wd * weight
 
 
-@intrinsic
-def pointers(typingctx, addresses, dtype):
-    """A tuple of addresses as a tuple of pointers to `dtype`."""
-    sig = types.UniTuple(types.CPointer(dtype.dtype), addresses.count)(addresses, dtype)
+@intrinsic(prefer_literal=True)
+def pointers(typingctx, addresses, layout):
+    """A tuple of addresses as a tuple of pointers to what a layout such as ``"f2 f4 f4"`` says."""
+    codes = layout.literal_value.split()
+    sig = types.Tuple([types.CPointer(STORAGE[code]) for code in codes])(addresses, layout)
 
     def codegen(context, builder, sig, args):
-        to = context.get_value_type(sig.return_type.dtype)
         found = cgutils.unpack_tuple(builder, args[0], addresses.count)
-        return context.make_tuple(builder, sig.return_type, [builder.inttoptr(a, to) for a in found])
+        values = [
+            builder.inttoptr(address, context.get_value_type(to))
+            for address, to in zip(found, sig.return_type, strict=True)
+        ]
+        return context.make_tuple(builder, sig.return_type, values)
 
     return sig, codegen
 
 
 @intrinsic
 def load(typingctx, pointers, i):
-    """The elements number `i` behind a tuple of pointers, as a tuple."""
-    sig = types.UniTuple(pointers.dtype.dtype, pointers.count)(pointers, i)
+    """The elements number `i` behind a tuple of pointers, as a tuple of numbers."""
+    kinds = [pointer.dtype for pointer in pointers]
+    numbers = [types.float32 if kind in (half.HALF, half.BFLOAT) else kind for kind in kinds]
+    sig = types.BaseTuple.from_types(numbers)(pointers, i)
 
     def codegen(context, builder, sig, args):
-        found = cgutils.unpack_tuple(builder, args[0], pointers.count)
-        values = [builder.load(builder.gep(p, [args[1]])) for p in found]
+        found = cgutils.unpack_tuple(builder, args[0], len(kinds))
+        values = [
+            half.decode(context, builder, builder.load(builder.gep(pointer, [args[1]])), kind)
+            for pointer, kind in zip(found, kinds, strict=True)
+        ]
         return context.make_tuple(builder, sig.return_type, values)
 
     return sig, codegen
@@ -46,15 +59,16 @@ def load(typingctx, pointers, i):
 
 @intrinsic
 def store(typingctx, pointers, i, values):
-    """Write a tuple of values to the elements number `i` behind a tuple of pointers."""
+    """Write a tuple of numbers to the elements number `i` behind a tuple of pointers."""
     sig = types.void(pointers, i, values)
+    kinds = [pointer.dtype for pointer in pointers]
 
     def codegen(context, builder, sig, args):
-        targets = cgutils.unpack_tuple(builder, args[0], pointers.count)
-        for k, target in enumerate(targets):
-            value = builder.extract_value(args[2], k)
-            value = context.cast(builder, value, values.types[k], pointers.dtype.dtype)
-            builder.store(value, builder.gep(target, [args[1]]))
+        targets = cgutils.unpack_tuple(builder, args[0], len(kinds))
+        for k, (target, kind) in enumerate(zip(targets, kinds, strict=True)):
+            number = types.float32 if kind in (half.HALF, half.BFLOAT) else kind
+            value = context.cast(builder, builder.extract_value(args[2], k), values.types[k], number)
+            builder.store(half.encode(context, builder, value, kind), builder.gep(target, [args[1]]))
         return context.get_dummy_value()
 
     return sig, codegen

@@ -11,6 +11,7 @@ to `numba_opt.device`, which takes them the ordinary way and words the errors.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -27,8 +28,12 @@ DATA, NDIM, SHAPE, DTYPE, FLAGS = 0, 8, 16, 40, 48
 
 C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x0001, 0x0100, 0x0400  # NumPy's own numbers
 
-# The dtypes that kernels compute in. NumPy has one object for each.
-DTYPES: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))
+# The dtypes that kernels load and store, in the order of their numbers here. NumPy has one object for
+# each; that of bfloat16 belongs to the package ml_dtypes and counts once somebody has imported that.
+CODES = ("f4", "f8", "f2", "b2")
+SIZES = (4, 8, 2, 2)
+ABSENT = 15  # in place of an array that a tensor does not have
+BITS = 4  # of each number, in the code of a tensor's arrays
 
 uint64, int64, int32 = np.uint64, np.int64, np.int32
 
@@ -36,10 +41,10 @@ uint64, int64, int32 = np.uint64, np.int64, np.int32
 class Survey(NamedTuple):
     """What is known of the arrays of a call, one row for each tensor."""
 
-    addresses: np.ndarray  # of its gradient, its weight and each state, then the length of its rows
+    addresses: np.ndarray  # of its arrays, then the length of its rows, then room for one number
     bytes: np.ndarray  # how many lie at each address
     sizes: np.ndarray  # elements of the weight
-    kinds: np.ndarray  # place of its dtype in DTYPES
+    codes: np.ndarray  # the places of its arrays' dtypes in CODES, BITS bits each, the first one lowest
 
 
 @register_jitable
@@ -74,34 +79,36 @@ def same_shape(a, b):
     return True
 
 
-def survey(objects, known, per_row, addresses, bytes, sizes, kinds):
-    """Read the arrays of a call into a table; False if any of them is not plain.
+def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, codes):
+    """Read the arrays of a call into a `Survey`; False if any of them is not plain, or of another shape.
 
-    `objects` holds the ids of array objects, one row for the gradients, one for the weights and one for
-    each state. Written: the table's `addresses`, how many `bytes` lie at each of them, the `sizes` of the
-    weights and the `kinds` of dtype.
+    `objects` holds the ids of array objects, one row each for the gradients, the weights, each state and
+    perhaps for copies of the weights, where `none` is the id of an absent one.
     """
     columns, tensors = objects.shape
     for t in range(tensors):
         weight = objects[1, t]
-        kind = dtype_of(weight, known, C_CONTIGUOUS | ALIGNED | WRITEABLE)
-        if kind < 0:
+        if dtype_of(weight, known, C_CONTIGUOUS) < 0:
             return False
         ndim = peek(weight + uint64(HEADER + NDIM), int32)
         shape = field(weight, SHAPE)
+        if per_row and ndim != 2:
+            return False
         size = 1
         for k in range(ndim):
             size *= peek(shape + uint64(8 * k), int64)
-        width = peek(shape + uint64(8 * (ndim - 1)), int64) if ndim > 0 else 1
-        if per_row and ndim != 2:
-            return False
+        code = 0
         for c in range(columns):
             array = objects[c, t]
-            flags = C_CONTIGUOUS | ALIGNED | (WRITEABLE if c > 0 else 0)
-            if dtype_of(array, known, flags) != kind:
+            if c == 2 + n_state and array == none:
+                addresses[t, c] = bytes[t, c] = 0
+                code |= ABSENT << (BITS * c)
+                continue
+            kind = dtype_of(array, known, C_CONTIGUOUS | ALIGNED | (WRITEABLE if c > 0 else 0))
+            if kind < 0:
                 return False
             held = size
-            if c > 1 and per_row:
+            if per_row and 2 <= c < 2 + n_state:
                 held = peek(shape, int64)
                 if peek(array + uint64(HEADER + NDIM), int32) != 2:
                     return False
@@ -111,10 +118,12 @@ def survey(objects, known, per_row, addresses, bytes, sizes, kinds):
             elif not same_shape(array, weight):
                 return False
             addresses[t, c] = field(array, DATA)
-            bytes[t, c] = held * (4 if kind == 0 else 8)
-        addresses[t, columns] = width
+            bytes[t, c] = held * SIZES[kind]
+            code |= kind << (BITS * c)
+        addresses[t, columns] = peek(shape + uint64(8 * (ndim - 1)), int64) if ndim > 0 else 1
+        addresses[t, columns + 1] = 0
         sizes[t] = size
-        kinds[t] = kind
+        codes[t] = code
     return True
 
 
@@ -143,28 +152,44 @@ survey = cache.compiled(survey, cache.fingerprint(survey), HEADER, nogil=False) 
 clash = cache.compiled(clash, cache.fingerprint(clash))
 
 
-def read(columns: Sequence[Sequence[Any]], per_row: bool) -> Survey | None:
-    """`survey` of the gradients, the weights and each state; None if any array is not plain."""
+def read(columns: Sequence[Sequence[Any]], n_state: int, per_row: bool) -> Survey | None:
+    """`survey` of the gradients, weights, states and perhaps copies; None if any array is not plain."""
     n = len(columns[0])
     objects = np.fromiter(map(id, chain.from_iterable(columns)), np.uint64, len(columns) * n)
     found = Survey(
-        addresses=np.empty((n, len(columns) + 1), np.uint64),
+        addresses=np.empty((n, len(columns) + 2), np.uint64),
         bytes=np.empty((n, len(columns)), np.int64),
         sizes=np.empty(n, np.int64),
-        kinds=np.empty(n, np.int8),
+        codes=np.empty(n, np.int64),
     )
-    return found if survey(objects.reshape(-1, n), _known(), per_row, *found) else None
+    plain = survey(objects.reshape(-1, n), known(), NONE, n_state, per_row, *found)
+    return found if plain else None
+
+
+NONE = np.uint64(id(None))
 
 
 def overlapping(found: Survey) -> bool:
     """Whether an array that will be written shares memory with any other."""
-    return clash(found.addresses, found.bytes, np.argsort(found.addresses[:, :-1], axis=None))
+    return clash(found.addresses, found.bytes, np.argsort(found.addresses[:, :-2], axis=None))
+
+
+def dtypes() -> list[np.dtype]:
+    """The dtypes of CODES, as far as they are here."""
+    found: list[np.dtype] = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)]
+    if "ml_dtypes" in sys.modules:
+        found.append(np.dtype(sys.modules["ml_dtypes"].bfloat16))
+    return found
+
+
+def known() -> np.ndarray:
+    """What `survey` compares objects with: the ids of the array type and of the dtypes."""
+    return _known("ml_dtypes" in sys.modules)
 
 
 @functools.cache
-def _known() -> np.ndarray:
-    """What `survey` compares objects with: the ids of the array type and of the dtypes."""
-    return np.array([id(np.ndarray), *map(id, DTYPES)], np.uint64)
+def _known(_: bool) -> np.ndarray:
+    return np.array([id(np.ndarray), *map(id, dtypes())], np.uint64)
 
 
 @functools.cache
@@ -172,24 +197,19 @@ def readable() -> bool:
     """Whether array objects are laid out as this file says, tried on a few of them."""
     if np.dtype(np.uintp).itemsize != 8:
         return False
-    for kind, dtype in enumerate(DTYPES):
+    for kind, dtype in enumerate(dtypes()):
         weight, grad, history = np.zeros((3, 5), dtype), np.zeros((3, 5), dtype), np.zeros((3, 1), dtype)
-        found = read([[grad], [weight], [history]], per_row=True)
+        columns: list[list[Any]] = [[grad], [weight], [history], [None]]
+        found = read(columns, n_state=1, per_row=True)
         at = [a.__array_interface__["data"][0] for a in (grad, weight, history)]
-        if found is None or found.addresses.tolist() != [[*at, 5]] or found.kinds.tolist() != [kind]:
+        if found is None or found.addresses.tolist() != [[*at, 0, 5, 0]]:
             return False
-        if found.sizes.tolist() != [15] or found.bytes.tolist() != [
-            [grad.nbytes, grad.nbytes, history.nbytes]
-        ]:
+        if found.bytes.tolist() != [[grad.nbytes, weight.nbytes, history.nbytes, 0]]:
+            return False
+        if found.sizes.tolist() != [15] or found.codes.tolist() != [kind * 0x111 + ABSENT * 0x1000]:
             return False
         grad.flags.writeable = False
-        strange = (
-            grad,
-            weight[:, ::2],
-            weight.astype(dtype.newbyteorder("S")),
-            weight.astype(int),
-            weight[1:],
-        )
-        if any(read([[weight], [array]], per_row=False) is not None for array in strange):
+        strange = (grad, weight[:, ::2], weight.astype(">f4"), weight.astype(int), weight[1:])
+        if any(read([[weight], [array]], n_state=0, per_row=False) for array in strange):
             return False
     return True
