@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import contrib, lr_scheduler
+from . import checkpoint, contrib, lr_scheduler
 from .adamax import Adamax
 from .contrib import GroupAdaGrad
 from .ftml import FTML
 from .nag import NAG
 from .optimizer import Optimizer, create, register
 from .rmsprop import RMSProp
+from .trainer import Trainer
 from .updater import Updater, get_updater
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "GroupAdaGrad",
     "Optimizer",
     "RMSProp",
+    "Trainer",
     "Updater",
+    "checkpoint",
     "contrib",
     "create",
     "get_updater",

@@ -56,17 +56,17 @@ def optional(name: str, value: object) -> float | None:
     return None if value is None else number(name, value)
 
 
-def names(cls: type) -> list[str]:
-    """The parameters that the constructors of a class and of its bases take, its own first."""
-    found: dict[str, None] = {}
+def parameters(cls: type) -> dict[str, Any]:
+    """The parameters that the constructors of a class and of its bases take, its own first, with defaults."""
+    found: dict[str, Any] = {}
     for base in cls.__mro__[:-1]:
         for name, parameter in inspect.signature(base.__init__).parameters.items():  # type: ignore[misc]
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self":
-                found.setdefault(name)
-    return list(found)
+                found.setdefault(name, parameter.default)
+    return found
 
 
 def unknown(cls: type, given: dict[str, Any]) -> TypeError:
     """The error for keywords that no constructor of a class takes; it lists those that are taken."""
     first = next(iter(given))
-    return TypeError(f"{cls.__name__}() has no parameter {first!r}; it takes {', '.join(names(cls))}")
+    return TypeError(f"{cls.__name__}() has no parameter {first!r}; it takes {', '.join(parameters(cls))}")

@@ -8,20 +8,26 @@ is refused.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from . import arguments
+from .device import as_array
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
 
 FORMAT = 1
 KEY = "numba_opt"  # of the JSON text among the file's metadata
+ARRAY, TUPLE = "\0array", "\0tuple"  # keys of what stands for an array, and for a tuple
 
 Arrays = dict[str, np.ndarray]
 
@@ -32,10 +38,8 @@ class CheckpointError(ValueError):
 
 def to_bytes(arrays: Mapping[str, np.ndarray], values: Any) -> bytes:
     """Arrays and values (as JSON) as the content of a safetensors file."""
-    plain = {name: _storable(array) for name, array in arrays.items()}
-    text = json.dumps({"format": FORMAT, "values": values})
-    metadata = {KEY: text, "digest": _digest(plain, text)}
-    return bytes(_safetensors().save(plain, metadata))
+    plain, metadata = _sealed(arrays, values)
+    return bytes(_safetensors().numpy.save(plain, metadata))
 
 
 def from_bytes(content: bytes) -> tuple[Arrays, Any]:
@@ -46,11 +50,57 @@ def from_bytes(content: bytes) -> tuple[Arrays, Any]:
     CheckpointError
         The content was cut off or altered, or is not of this package.
     """
-    library = _safetensors()
+    if not isinstance(content, (bytes, bytearray)):
+        raise TypeError(f"a checkpoint must be bytes, got {type(content).__name__}")
+    load = _safetensors().numpy.load
+    return _opened(lambda: load(bytes(content)), lambda: io.BytesIO(content))
+
+
+def write(path: str | Path, arrays: Mapping[str, np.ndarray], values: Any) -> None:
+    """Write arrays and values to a file, which appears whole or not at all, whatever happens."""
+    plain, metadata = _sealed(arrays, values)
+    path = Path(path)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        arrays = library.load(content)
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        _safetensors().numpy.save_file(plain, fresh, metadata)
+        with open(fresh, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name, too, must be on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: str | Path) -> tuple[Arrays, Any]:
+    """What `write` was given. Errors as in `from_bytes`."""
+    load = _safetensors().numpy.load_file
+    try:
+        return _opened(lambda: load(path), lambda: open(path, "rb"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _sealed(arrays: Mapping[str, np.ndarray], values: Any) -> tuple[Arrays, dict[str, str]]:
+    """Arrays as safetensors takes them, and the metadata that belong to them."""
+    plain = {name: np.require(array, requirements=["C", "A"]) for name, array in arrays.items()}
+    text = json.dumps({"format": FORMAT, "values": values})
+    return plain, {KEY: text, "digest": _digest(plain, text)}
+
+
+def _opened(load: Callable[[], Arrays], file: Callable[[], BinaryIO]) -> tuple[Arrays, Any]:
+    """The arrays and values of a safetensors file, if they are what was once sealed."""
+    try:
+        arrays = load()
+        with file() as header:
+            length = int.from_bytes(header.read(8), "little")
+            metadata = json.loads(header.read(length)).get("__metadata__", {})
+    except OSError:
+        raise
     except Exception as error:  # safetensors raises its own and, on odd headers, others
         raise CheckpointError(f"not a whole safetensors file: {error}") from error
     if KEY not in metadata:
@@ -69,11 +119,7 @@ def _safetensors() -> Any:
         import safetensors.numpy
     except ImportError as error:
         raise ImportError("checkpoints need safetensors: pip install numba_opt[checkpoint]") from error
-    return safetensors.numpy
-
-
-def _storable(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(array.shape)
+    return safetensors
 
 
 def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
@@ -85,21 +131,74 @@ def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
     return digest.hexdigest()
 
 
-def flatten(name: str, state: Any, arrays: Arrays) -> Any:
-    """Put a state's arrays under names beginning with `name`; returns its form for `unflatten`."""
-    if state is None:
-        return None
-    if isinstance(state, (tuple, list)):
-        return [flatten(f"{name}.{k}", part, arrays) for k, part in enumerate(state)]
-    arrays[name] = np.asarray(state)
-    return name
+def take_apart(value: Any, arrays: Arrays, name: str = "") -> Any:
+    """A structure's plain values as JSON can hold them; its arrays go into `arrays`, under their paths."""
+    if isinstance(value, Mapping):
+        return {key: take_apart(part, arrays, f"{name}/{key}") for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [take_apart(part, arrays, f"{name}/{k}") for k, part in enumerate(value)]
+        return {TUPLE: parts} if isinstance(value, tuple) else parts
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    array = as_array(value, name)
+    while name in arrays:
+        name += "'"
+    # safetensors' NumPy half does not read bfloat16
+    arrays[name] = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    return {ARRAY: name, "dtype": array.dtype.name}
 
 
-def unflatten(form: Any, arrays: Arrays) -> Any:
-    """The state that `flatten` took apart."""
+def put_together(form: Any, arrays: Arrays) -> Any:
+    """The structure that `take_apart` took apart."""
     if isinstance(form, list):
-        return tuple(unflatten(part, arrays) for part in form)
-    return None if form is None else arrays[form]
+        return [put_together(part, arrays) for part in form]
+    if not isinstance(form, dict):
+        return form
+    if ARRAY in form:
+        array = arrays[form[ARRAY]]
+        if form["dtype"] != "bfloat16":
+            return array
+        import ml_dtypes
+
+        return array.view(ml_dtypes.bfloat16)
+    if TUPLE in form:
+        return tuple(put_together(part, arrays) for part in form[TUPLE])
+    return {key: put_together(part, arrays) for key, part in form.items()}
+
+
+def leaves(state: Any) -> list[Any]:
+    """The arrays of a state."""
+    if isinstance(state, tuple):
+        return [array for part in state for array in leaves(part)]
+    return [] if state is None else [state]
+
+
+def pairs(mine: Any, theirs: Any, what: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Arrays of this trainer beside those of a checkpoint, which must be alike."""
+    here, there = leaves(mine), leaves(theirs)
+    if len(here) != len(there):
+        raise CheckpointError(f"{what} has {len(there)} arrays in the checkpoint; expected {len(here)}")
+    pairs = []
+    for a, b in zip(here, there, strict=True):
+        target, source = as_array(a, what), as_array(b, what)
+        if (target.shape, target.dtype) != (source.shape, source.dtype):
+            raise CheckpointError(
+                f"{what} has shape {source.shape} and dtype {source.dtype} in the checkpoint; "
+                f"expected {target.shape} and {target.dtype}"
+            )
+        pairs.append((target, source))
+    return pairs
+
+
+def copied(value: Any) -> Any:
+    """A structure with copies of its arrays."""
+    if isinstance(value, dict):
+        return {key: copied(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(copied, value))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return as_array(value, "array").copy()
 
 
 def describe(optimizer: Optimizer) -> dict[str, Any]:
@@ -156,7 +255,7 @@ def restore(optimizer: Optimizer, found: Mapping[str, Any]) -> None:
 
 def _plain_parameters(optimizer: Optimizer) -> list[str]:
     """The constructor's parameters that are kept under their own names as plain values."""
-    return [name for name in arguments.names(type(optimizer)) if name in _plain(vars(optimizer))]
+    return [name for name in arguments.parameters(type(optimizer)) if name in _plain(vars(optimizer))]
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from . import arguments
 from .kernels.scalar import sqrt
-from .optimizer import Index, Optimizer, Plan, register
+from .optimizer import Optimizer, register
 
 __all__ = ["GroupAdaGrad"]
 
@@ -76,12 +75,12 @@ class GroupAdaGrad(Optimizer):
     ) -> None:
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self.epsilon = arguments.number("epsilon", epsilon)
-        self._plan([])  # refuses weight decay
+        self._hyper_row(1.0, 0.0, self.wd, 1)  # refuses weight decay
 
     def hyper(self, lr: float, t: int) -> tuple[float, ...]:
         return lr, self.epsilon
 
-    def _plan(self, indices: Sequence[Index]) -> Plan:
-        if self.wd:
-            raise ValueError(f"wd must be 0 for GroupAdaGrad, which has no weight decay; got {self.wd!r}")
-        return super()._plan(indices)
+    def _hyper_row(self, rescale: float, lr: float, wd: float, t: int) -> tuple[float, ...]:
+        if wd:
+            raise ValueError(f"wd must be 0 for GroupAdaGrad, which has no weight decay; got {wd!r}")
+        return super()._hyper_row(rescale, lr, wd, t)

@@ -29,6 +29,11 @@ class Table(NamedTuple):
     addresses: np.ndarray
     offsets: np.ndarray  # each tensor's first element on the kernel's long line, then the line's length
 
+    @property
+    def elements(self) -> int:
+        """The line's length."""
+        return int(self.offsets[-1])
+
 
 class Bound(NamedTuple):
     """The arrays of a call, checked. It keeps them alive for as long as it holds their addresses."""
@@ -72,25 +77,30 @@ def bind(request: Request) -> Bound:
     columns = request.columns
     replaced: list[tuple[np.ndarray, np.ndarray]] = []
     found = ndarray.read(columns, request.n_state, request.per_row) if ndarray.readable() else None
-    if (
-        found is None
-        or not all(layout_of(code, len(columns), request.n_state) for code in set(found.codes.tolist()))
-        or ndarray.overlapping(found)
-    ):
+    if found is None or not fit(found, request.n_state):
         columns, replaced = _one_by_one(request)
         found = _ask(columns)
     return Bound(tables(found, request.n_state), columns, replaced)
 
 
+def fit(found: ndarray.Survey, n_state: int) -> bool:
+    """Whether kernels take these arrays together: their dtypes match, and none that is written overlaps."""
+    columns = found.bytes.shape[1]
+    known = all(layout_of(code, columns, n_state) for code in set(found.codes.tolist()))
+    return known and not ndarray.overlapping(found)
+
+
 def tables(found: ndarray.Survey, n_state: int) -> list[Table]:
     """One table for each layout among the arrays."""
     result = []
-    for code in sorted(set(found.codes.tolist())):
+    codes = sorted(set(found.codes.tolist()))
+    for code in codes:
         members = np.flatnonzero(found.codes == code)
+        addresses = found.addresses if len(codes) == 1 else found.addresses[members]
         offsets = np.zeros(len(members) + 1, np.int64)
         np.cumsum(found.sizes[members], out=offsets[1:])
         layout = layout_of(code, found.bytes.shape[1], n_state)
-        result.append(Table(layout, members, found.addresses[members], offsets))
+        result.append(Table(layout, members, addresses, offsets))
     return result
 
 

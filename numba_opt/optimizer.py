@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -65,8 +65,8 @@ class Optimizer:
         Keep a float32 copy of half-precision weights in the state, and update that.
     param_dict : dict of index to object, optional
         Objects with attributes ``lr_mult`` and ``wd_mult``, which come before all other multipliers.
-    aggregate_num : int, optional
-        How many parameters `Updater` hands over in one call; ``numpy.inf`` for all. Default 1.
+    aggregate_num : int, default 1
+        How many parameters `Updater` hands over in one call; ``numpy.inf`` for all.
     use_fused_step : bool, optional
         Whether `update` runs `fused_step` (one compiled pass) or `step` (readable, on whole arrays).
         Default: fused, for every optimizer that has a rule.
@@ -124,7 +124,7 @@ class Optimizer:
         begin_num_update: int = 0,
         multi_precision: bool = False,
         param_dict: Mapping[Index, Any] | None = None,
-        aggregate_num: float | None = None,
+        aggregate_num: float | None = 1,
         use_fused_step: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -223,11 +223,11 @@ class Optimizer:
             raise UserWarning("set_learning_rate has no effect on an optimizer with an lr_scheduler")
         self.lr = arguments.number("lr", lr)
 
-    def set_lr_mult(self, args_lr_mult: Mapping[Index, float]) -> None:
+    def set_lr_mult(self, args_lr_mult: Mapping[Any, float]) -> None:
         """Set multipliers of the learning rate, by index or by name; all earlier ones are dropped."""
         self.lr_mult = _multipliers("args_lr_mult", args_lr_mult)
 
-    def set_wd_mult(self, args_wd_mult: Mapping[Index, float]) -> None:
+    def set_wd_mult(self, args_wd_mult: Mapping[Any, float]) -> None:
         """Set multipliers of the weight decay, by index or by name; all earlier ones are dropped."""
         self.wd_mult = _multipliers("args_wd_mult", args_wd_mult)
 
@@ -356,39 +356,61 @@ class Optimizer:
     ) -> tuple[device.Bound, Plan]:
         """Check everything and work out the numbers of a step; changes nothing."""
         self._check_lengths(indices, weights, grads, states)
-        names = ("gradient", "weight", *(f"state {name!r}" for name in self.state_names))
-        columns: tuple[Sequence[Any], ...]
+        return device.bind(self._request(indices, weights, grads, states, masters)), self._plan(indices)
+
+    def _request(
+        self,
+        indices: Sequence[Index],
+        weights: Sequence[Any],
+        grads: Sequence[Any],
+        states: Sequence[Any],
+        masters: bool,
+    ) -> device.Request:
+        """The arrays of a call in the order that kernels take them."""
+        names = ["gradient", "weight", *(f"state {name!r}" for name in self.state_names)]
+        copies: list[list[Any]] = []
         if masters:
-            weights, states, copies = self._masters(indices, weights, states)
-            names = (*names, "half-precision weight")
-            columns = (grads, weights, *self._state_columns(indices, states), copies)
-        else:
-            columns = (grads, weights, *self._state_columns(indices, states))
-        label = lambda t: self._label(indices[t])  # noqa: E731
-        request = device.Request(columns, names, len(self.state_names), self.per_row, label)
-        return device.bind(request), self._plan(indices)
+            weights, states, copy = self._masters(indices, weights, states)
+            names.append("half-precision weight")
+            copies.append(copy)
+        columns = [grads, weights, *self._state_columns(indices, states), *copies]
+
+        def label(t: int) -> str:
+            return self._label(indices[t])
+
+        return device.Request(columns, names, len(self.state_names), self.per_row, label)
 
     def _run_kernels(self, bound: device.Bound, plan: Plan) -> None:
         """One compiled pass over all tensors."""
-        rule = self._rule()
-        n_state = len(self.state_names)
-        kernels = [cpu.dense(rule, n_state, self.per_row, table.layout) for table in bound.tables]
         which = np.array(plan.which)
-        for table, kernel in zip(bound.tables, kernels, strict=True):
+        for table in bound.tables:
             table.addresses[:, -1] = which[table.members]
-            hyper = plan.hyper.astype(cpu.compute_dtype(table.layout))
-            threads.run(kernel, (table.addresses, table.offsets, hyper), int(table.offsets[-1]), cpu.CHUNK)
+        self._launch(bound.tables, plan.hyper)
         bound.write_back()
         self._commit(plan)
 
+    def _launch(self, tables: Sequence[device.Table], hyper: Any) -> None:
+        """Run the rule over some tables, all of whose kernels are there before the first one writes."""
+        rule = self._rule()
+        n_state = len(self.state_names)
+        kernels = [cpu.dense(rule, n_state, self.per_row, table.layout) for table in tables]
+        for table, kernel in zip(tables, kernels, strict=True):
+            rows = np.array(hyper, cpu.compute_dtype(table.layout))
+            threads.run(kernel, (table.addresses, table.offsets, rows), table.elements)
+
     def _run_arrays(self, bound: device.Bound, plan: Plan) -> None:
         """The rule on whole arrays, one tensor after another."""
+        self._apply_rule(bound.arrays, plan.hyper, plan.which)
+        bound.write_back()
+        self._commit(plan)
+
+    def _apply_rule(self, arrays: device.Columns, hyper: np.ndarray, which: Iterable[int]) -> None:
         rule = self._rule()
         end = 2 + len(self.state_names)
-        for t, k in enumerate(plan.which):
-            grad, weight, *rest = (column[t] for column in bound.arrays)
+        for t, k in enumerate(which):
+            grad, weight, *rest = (column[t] for column in arrays)
             real = np.float64 if weight.dtype == np.float64 else np.float32
-            h = tuple(plan.hyper[k].astype(real))
+            h = tuple(hyper[k].astype(real))
             w, *state = (array.astype(real) for array in (weight, *rest[: end - 2]))
             with np.errstate(all="ignore"):
                 g = prepare(grad.astype(real), w, *h[:3])  # type: ignore[no-untyped-call]
@@ -397,8 +419,6 @@ class Optimizer:
                 for array, new in zip((weight, *rest), (*out, out[0]), strict=False):
                     if array is not None:
                         array[...] = new
-        bound.write_back()
-        self._commit(plan)
 
     def _masters(
         self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]
@@ -445,8 +465,6 @@ class Optimizer:
 
     def _plan(self, indices: Sequence[Index]) -> Plan:
         """The counts and hyper-parameters of the next update of some parameters; changes nothing."""
-        if not math.isfinite(self.rescale_grad):
-            raise ValueError(f"rescale_grad must be a finite number, got {self.rescale_grad!r}")
         counts: dict[Index, int] = {}
         num_update = self.num_update
         lr = None
@@ -466,13 +484,18 @@ class Optimizer:
                     t,
                 )
             which.append(rows.setdefault(key, len(rows)))
-        clip = math.inf if self.clip_gradient is None else self.clip_gradient
-        hyper = np.array(
-            [(self.rescale_grad, clip, wd, *self.hyper(lr, t)) for lr, wd, t in rows], np.float64
-        )
-        if np.isnan(hyper).any():
-            raise ValueError(f"hyper-parameters must not be NaN, got {self!r}")
+        hyper = np.array([self._hyper_row(self.rescale_grad, lr, wd, t) for lr, wd, t in rows], np.float64)
         return Plan(counts, num_update, hyper, which)
+
+    def _hyper_row(self, rescale: float, lr: float, wd: float, t: int) -> tuple[float, ...]:
+        """What a kernel gets for a parameter's `t`-th update."""
+        clip = math.inf if self.clip_gradient is None else self.clip_gradient
+        row = (rescale, clip, wd, *self.hyper(lr, t))
+        if not math.isfinite(rescale) or any(x != x for x in row):
+            raise ValueError(
+                f"rescale_grad and hyper-parameters must be finite, got {rescale!r} and {row[3:]}"
+            )
+        return row
 
     def _commit(self, plan: Plan) -> None:
         self._index_update_count.update(plan.counts)
@@ -491,8 +514,12 @@ class Optimizer:
     # ---------------------------------------------------------------- as a value
 
     def __repr__(self) -> str:
-        named = {name: getattr(self, name) for name in arguments.names(type(self)) if hasattr(self, name)}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in named.items())})"
+        shown = {"learning_rate": self.learning_rate}
+        for name, default in arguments.parameters(type(self)).items():
+            value = getattr(self, name, default)
+            if value != default and (value or default) and name != "learning_rate":
+                shown[name] = value
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "param_dict"}  # objects of the program
@@ -501,7 +528,7 @@ class Optimizer:
         vars(self).update(state, param_dict={})
 
 
-def _multipliers(name: str, given: Mapping[Index, float]) -> dict[Index, float]:
+def _multipliers(name: str, given: Mapping[Any, float]) -> dict[Index, float]:
     if not isinstance(given, Mapping):
         raise TypeError(f"{name} must be a dict of index or name to number, got {given!r}")
     return {key: arguments.number(f"{name}[{key!r}]", value) for key, value in given.items()}

@@ -66,12 +66,9 @@ class Updater:
     def get_states(self, dump_optimizer: bool = False) -> bytes:
         """All states as safetensors, with the optimizer's hyper-parameters and counts if wanted."""
         arrays: checkpoint.Arrays = {}
-        forms = [
-            [index, checkpoint.flatten(f"state.{k}", state, arrays)]
-            for k, (index, state) in enumerate(self.states.items())
-        ]
+        states = checkpoint.take_apart(list(map(list, self.states.items())), arrays)
         optimizer = checkpoint.describe(self.optimizer) if dump_optimizer else None
-        return checkpoint.to_bytes(arrays, {"states": forms, "optimizer": optimizer})
+        return checkpoint.to_bytes(arrays, {"states": states, "optimizer": optimizer})
 
     def set_states(self, states: bytes) -> None:
         """Take the states, and the optimizer's values if they are there, from `get_states`.
@@ -84,10 +81,17 @@ class Updater:
         arrays, values = checkpoint.from_bytes(states)
         if "states" not in values:
             raise checkpoint.CheckpointError("a checkpoint of numba_opt, but not of an Updater")
-        found = {index: checkpoint.unflatten(form, arrays) for index, form in values["states"]}
+        found = {i: _owned(state) for i, state in checkpoint.put_together(values["states"], arrays)}
         if values["optimizer"] is not None:
             checkpoint.restore(self.optimizer, values["optimizer"])
         self.states = found
+
+
+def _owned(state: Any) -> Any:
+    """A state with arrays that can be written; those that were read are views of the bytes."""
+    if isinstance(state, tuple):
+        return tuple(map(_owned, state))
+    return None if state is None else state.copy()
 
 
 def get_updater(optimizer: Optimizer) -> Updater:

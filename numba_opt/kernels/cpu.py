@@ -25,9 +25,9 @@ from numba.np.numpy_support import from_dtype
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from . import cache
-from .elements import fetch_add, load, pointers, prepare, store
+from .elements import add, fetch_add, load, pointers, prepare, store
+from .threads import CHUNK
 
-CHUNK = 16384  # elements: 64 KiB of each float32 array, so a chunk's arrays fit in a core's L2 cache
 LANES = 16  # partial sums of a row's squares: one AVX-512 register of float32
 
 prepare = register_jitable(prepare)
@@ -149,3 +149,45 @@ def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[.
             store(states, np.uintp(r), new)
 
     return span
+
+
+@functools.cache
+def squares(code: str) -> Any:
+    """The kernel that sums the squares of all gradients of a table, stored as `code` says.
+
+    ``kernel(table, offsets, partial, progress)`` writes the sum of each chunk, in double precision, so that
+    the total is the same for any number of threads and no float32 gradient overflows it.
+    """
+
+    @register_jitable
+    def span(row, start, stop):
+        array = pointers((row[0],), code)
+        total = np.float64(0)
+        for i in range(np.uintp(start), np.uintp(stop)):
+            value = np.float64(load(array, i)[0])
+            total = add(total, value * value)
+        return total
+
+    def kernel(table, offsets, partial, progress):
+        total = offsets[-1]
+        while True:
+            chunk = fetch_add(progress, 0, 1)
+            if chunk >= partial.size:
+                break
+            start = chunk * CHUNK
+            stop = min(start + CHUNK, total)
+            t = tensor_at(offsets, start)
+            found = np.float64(0)
+            while start < stop:
+                end = min(stop, offsets[t + 1])
+                found += span(table[t], start - offsets[t], end - offsets[t])
+                start = end
+                t += 1
+            partial[chunk] = found
+            fetch_add(progress, 1, 1)
+
+    compiled = cache.compiled(kernel, cache.fingerprint(kernel), code)
+    line = types.int64[::1]
+    compiled.compile((types.uint64[:, ::1], line, types.float64[::1], line))
+    compiled.disable_compile()
+    return compiled

@@ -96,3 +96,9 @@ def peek(typingctx, address, dtype):
         return builder.load(builder.inttoptr(args[0], to))
 
     return sig, codegen
+
+
+@intrinsic
+def add(typingctx, a, b):
+    """a + b, in an order that suits the processor: sums may be vectorised."""
+    return a(a, a), lambda context, builder, sig, args: builder.fadd(*args, flags=("reassoc",))

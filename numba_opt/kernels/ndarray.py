@@ -35,6 +35,8 @@ SIZES = (4, 8, 2, 2)
 ABSENT = 15  # in place of an array that a tensor does not have
 BITS = 4  # of each number, in the code of a tensor's arrays
 
+SAME, CHANGED, STRANGE = 0, 1, 2  # what `survey` says
+
 uint64, int64, int32 = np.uint64, np.int64, np.int32
 
 
@@ -80,20 +82,22 @@ def same_shape(a, b):
 
 
 def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, codes):
-    """Read the arrays of a call into a `Survey`; False if any of them is not plain, or of another shape.
+    """Read the arrays of a call into a `Survey`, and say whether that changed it.
 
     `objects` holds the ids of array objects, one row each for the gradients, the weights, each state and
-    perhaps for copies of the weights, where `none` is the id of an absent one.
+    perhaps for copies of the weights, where `none` is the id of an absent one. The answer is SAME, CHANGED,
+    or STRANGE if any array is not plain or has another shape than it should.
     """
     columns, tensors = objects.shape
+    answer = SAME
     for t in range(tensors):
         weight = objects[1, t]
         if dtype_of(weight, known, C_CONTIGUOUS) < 0:
-            return False
+            return STRANGE
         ndim = peek(weight + uint64(HEADER + NDIM), int32)
         shape = field(weight, SHAPE)
         if per_row and ndim != 2:
-            return False
+            return STRANGE
         size = 1
         for k in range(ndim):
             size *= peek(shape + uint64(8 * k), int64)
@@ -101,30 +105,32 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
         for c in range(columns):
             array = objects[c, t]
             if c == 2 + n_state and array == none:
-                addresses[t, c] = bytes[t, c] = 0
                 code |= ABSENT << (BITS * c)
                 continue
             kind = dtype_of(array, known, C_CONTIGUOUS | ALIGNED | (WRITEABLE if c > 0 else 0))
             if kind < 0:
-                return False
+                return STRANGE
             held = size
             if per_row and 2 <= c < 2 + n_state:
                 held = peek(shape, int64)
                 if peek(array + uint64(HEADER + NDIM), int32) != 2:
-                    return False
+                    return STRANGE
                 s = field(array, SHAPE)
                 if peek(s, int64) != held or peek(s + uint64(8), int64) != 1:
-                    return False
+                    return STRANGE
             elif not same_shape(array, weight):
-                return False
-            addresses[t, c] = field(array, DATA)
+                return STRANGE
+            if addresses[t, c] != field(array, DATA):
+                addresses[t, c] = field(array, DATA)
+                answer = CHANGED
             bytes[t, c] = held * SIZES[kind]
             code |= kind << (BITS * c)
+        if codes[t] != code or sizes[t] != size:
+            answer = CHANGED
         addresses[t, columns] = peek(shape + uint64(8 * (ndim - 1)), int64) if ndim > 0 else 1
-        addresses[t, columns + 1] = 0
         sizes[t] = size
         codes[t] = code
-    return True
+    return answer
 
 
 def clash(addresses, bytes, order):
@@ -152,18 +158,28 @@ survey = cache.compiled(survey, cache.fingerprint(survey), HEADER, nogil=False) 
 clash = cache.compiled(clash, cache.fingerprint(clash))
 
 
-def read(columns: Sequence[Sequence[Any]], n_state: int, per_row: bool) -> Survey | None:
-    """`survey` of the gradients, weights, states and perhaps copies; None if any array is not plain."""
+def objects(columns: Sequence[Sequence[Any]]) -> np.ndarray:
+    """The ids of the arrays in some columns of equal length, a row for each column."""
     n = len(columns[0])
-    objects = np.fromiter(map(id, chain.from_iterable(columns)), np.uint64, len(columns) * n)
-    found = Survey(
-        addresses=np.empty((n, len(columns) + 2), np.uint64),
-        bytes=np.empty((n, len(columns)), np.int64),
-        sizes=np.empty(n, np.int64),
-        codes=np.empty(n, np.int64),
+    ids = np.fromiter(map(id, chain.from_iterable(columns)), np.uint64, len(columns) * n)
+    return ids.reshape(len(columns), n)
+
+
+def blank(columns: int, tensors: int) -> Survey:
+    """A survey that nothing has been read into."""
+    return Survey(
+        addresses=np.zeros((tensors, columns + 2), np.uint64),
+        bytes=np.zeros((tensors, columns), np.int64),
+        sizes=np.zeros(tensors, np.int64),
+        codes=np.zeros(tensors, np.int64),
     )
-    plain = survey(objects.reshape(-1, n), known(), NONE, n_state, per_row, *found)
-    return found if plain else None
+
+
+def read(columns: Sequence[Sequence[Any]], n_state: int, per_row: bool) -> Survey | None:
+    """`survey` of the gradients, weights, states and perhaps copies; None if any array is strange."""
+    found = blank(len(columns), len(columns[0]))
+    answer = survey(objects(columns), known(), NONE, n_state, per_row, *found)
+    return None if answer == STRANGE else found
 
 
 NONE = np.uint64(id(None))

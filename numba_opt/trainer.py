@@ -1,0 +1,411 @@
+"""`Trainer`: parameters bound once, stepped many times.
+
+What a step costs beyond the update itself is one look at each gradient's array object; tables, kernels and
+hyper-parameters' rows are made once and kept for as long as they hold.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import arguments, checkpoint, device
+from .binding import Binding
+from .kernels import cpu, ndarray, threads
+from .optimizer import Optimizer, create
+
+__all__ = ["Trainer"]
+
+Params = Mapping[str, Any] | Sequence[Any]
+
+
+class Trainer:
+    """Updates a fixed set of parameters, in place, as fast as an optimizer can.
+
+    Parameters
+    ----------
+    params : dict of str to array, or list of array
+        The parameters. In a list they are named ``"0"``, ``"1"`` and so on.
+    optimizer : Optimizer or str
+        An optimizer, or the name of one. It belongs to this trainer from then on.
+    clip_global_norm : float, optional
+        Gradients are scaled down together when their norm exceeds this: the root of the sum of all their
+        squares, after `rescale_grad` and `batch_size`, before everything else.
+    skip_nonfinite : bool, default False
+        A step whose gradients hold a NaN or an infinity changes nothing and is counted in `skipped_steps`.
+    lr_mult, wd_mult : dict of str to float, optional
+        Multipliers of learning rate and weight decay by name or pattern, such as ``{"*.bias": 0}``; the last
+        one that fits counts. They come before those that the optimizer has by name.
+    freeze : str or list of str, optional
+        Names or patterns of parameters that stay as they are.
+    **optimizer_kwargs
+        Arguments for the optimizer, if it is given by name.
+
+    Attributes
+    ----------
+    optimizer : Optimizer
+    params : dict of str to array
+    states : dict of str to state
+        What `Optimizer.create_state_multi_precision` made.
+    grad_norm : float or None
+        The norm of the last step's gradients, before clipping; None if neither `clip_global_norm` nor
+        `skip_nonfinite` asks for it.
+    skipped_steps : int
+
+    Raises
+    ------
+    TypeError, ValueError
+        Something is not an array, cannot be written, shares memory with another parameter, or a pattern
+        fits no parameter.
+
+    Notes
+    -----
+    All parameters of a step have the learning rate of the largest count of updates among them; MXNet, and
+    `Optimizer.update` with it, has those before it in the list a step behind if counts differ.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_opt
+    >>> params = {"weight": np.ones((2, 2)), "bias": np.zeros(2)}
+    >>> trainer = numba_opt.Trainer(params, "nag", learning_rate=0.5, momentum=0)
+    >>> trainer.step({"weight": np.ones((2, 2)), "bias": np.ones(2)}, batch_size=2)
+    >>> params["bias"]
+    array([-0.25, -0.25])
+    >>> trainer
+    Trainer of 2 parameters: 6 elements, 0 B of state, on the CPU
+      NAG(learning_rate=0.5, momentum=0.0)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        optimizer: Optimizer | str,
+        *,
+        clip_global_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        lr_mult: Mapping[str, float] | None = None,
+        wd_mult: Mapping[str, float] | None = None,
+        freeze: str | Iterable[str] = (),
+        **optimizer_kwargs: Any,
+    ) -> None:
+        self.params = _named(params)
+        self._names = list(self.params)
+        self._by_name = isinstance(params, Mapping)
+        if isinstance(optimizer, str):
+            optimizer = create(optimizer, **optimizer_kwargs)
+        elif optimizer_kwargs:
+            raise TypeError(
+                f"arguments {sorted(optimizer_kwargs)} need an optimizer's name, got {optimizer!r}"
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be an Optimizer or a name, got {optimizer!r}")
+        if optimizer.rule is None:
+            raise TypeError(f"optimizer must have a rule, got {optimizer!r}")
+        self.optimizer = optimizer
+        optimizer.idx2name = dict(enumerate(self._names))
+        optimizer.set_lr_mult({**optimizer.lr_mult, **self._matched("lr_mult", lr_mult or {})})
+        optimizer.set_wd_mult({**optimizer.wd_mult, **self._matched("wd_mult", wd_mult or {})})
+        self.clip_global_norm = arguments.optional("clip_global_norm", clip_global_norm)
+        self.skip_nonfinite = bool(skip_nonfinite)
+        self.grad_norm: float | None = None
+        self.skipped_steps = 0
+        self._frozen: set[str] = set()
+        self.states = {
+            name: optimizer.create_state_multi_precision(i, array)
+            for i, (name, array) in enumerate(self.params.items())
+        }
+        self._sums: list[Any] | None = None  # of accumulated gradients; None where there was none
+        self._bindings: dict[bytes, Binding] = {}
+        self._counted: tuple[Any, ...] = ()  # by which binding the last step was counted, and as of what
+        everything = list(range(len(self._names)))
+        device.bind(self._request(everything, [_like(w) for w in self._weights(everything)]))
+        self.freeze(freeze)
+
+    # ---------------------------------------------------------------- steps
+
+    def step(self, grads: Params | None = None, batch_size: float = 1) -> None:
+        """Update the parameters by their gradients.
+
+        Parameters
+        ----------
+        grads : dict or list, like the parameters
+            Arrays of the parameters' shapes and dtypes. A parameter whose gradient is None, or missing from
+            a dict, stays as it is, with its state and count. May be left out after `accumulate`.
+        batch_size : float, default 1
+            Gradients are divided by it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A gradient does not fit; nothing has been changed.
+        """
+        if self._sums is not None:
+            if grads is not None:
+                self.accumulate(grads)
+            found = self._sums
+        elif grads is None:
+            raise ValueError("grads must be given, as nothing has been accumulated")
+        else:
+            found = self._in_order(grads)
+        rescale = self.optimizer.rescale_grad / arguments.number("batch_size", batch_size)
+        binding = self._binding(found)
+        if binding is not None and not binding.step(rescale):
+            self.skipped_steps += 1
+        self._sums = None
+
+    def accumulate(self, grads: Params) -> None:
+        """Add gradients, in place, to those of earlier calls; the next `step` takes the sum.
+
+        Half-precision gradients of float32 weights, or of weights with a float32 copy, add up in float32.
+        """
+        found = self._in_order(grads)
+        present = [t for t, grad in enumerate(found) if grad is not None]
+        sums = self._sums or [None] * len(found)
+        fresh = [t for t in present if sums[t] is None]
+        weights = dict(zip(fresh, self._weights(fresh), strict=True))
+        added = [_like(weights[t]) if t in weights else sums[t] for t in present]
+
+        def label(k: int) -> str:
+            return f"parameter {self._names[present[k]]!r}"
+
+        columns = [[found[t] for t in present], added]
+        request = device.Request(columns, ("gradient", "sum"), 0, False, label)
+        bound = device.bind(request)
+        for table in bound.tables:
+            kernel = cpu.dense(_plus, 0, False, table.layout)
+            hyper = np.array([[1, math.inf, 0]], cpu.compute_dtype(table.layout))
+            threads.run(kernel, (table.addresses, table.offsets, hyper), table.elements)
+        for t, array in zip(present, added, strict=True):
+            sums[t] = array
+        self._sums = sums
+
+    def _in_order(self, grads: Params) -> list[Any]:
+        """Gradients as a list beside the parameters, None where there is none or it is not wanted."""
+        if self._by_name:
+            if not isinstance(grads, Mapping):
+                raise TypeError(f"grads must be a dict, as the parameters are, got {type(grads).__name__}")
+            try:
+                found = [grads[name] for name in self._names]
+            except KeyError:
+                found = [grads.get(name) for name in self._names]
+            if len(grads) > len(found) or (len(grads) < len(found) and grads.keys() - self.params.keys()):
+                first = min(grads.keys() - self.params.keys(), key=repr)
+                raise ValueError(f"grads has {first!r}, which is not a parameter")
+        else:
+            if not isinstance(grads, (list, tuple)):
+                raise TypeError(f"grads must be a list, as the parameters are, got {type(grads).__name__}")
+            found = list(grads)
+            if len(found) != len(self._names):
+                raise ValueError(f"grads has length {len(found)}; expected {len(self._names)}, as params")
+        if self._frozen:
+            found = [None if name in self._frozen else g for name, g in zip(self._names, found, strict=True)]
+        return found
+
+    def _binding(self, grads: list[Any]) -> Binding | None:
+        """The parameters that have a gradient, with their gradients."""
+        ids = np.fromiter(map(id, grads), np.uint64, len(grads))
+        present = ids != ndarray.NONE
+        binding = self._bindings.get(present.tobytes())
+        if binding is None:
+            positions = np.flatnonzero(present).tolist()
+            if not positions:
+                return None
+            if len(self._bindings) >= 8:  # gradients that come and go at random: keep the newest few
+                self._bindings.pop(next(iter(self._bindings)))
+            binding = self._bindings[present.tobytes()] = Binding(self, positions)
+        if len(binding.positions) < len(grads):
+            ids, grads = ids[present], [grads[t] for t in binding.positions]
+        binding.ids[0] = ids
+        binding.grads = grads
+        return binding
+
+    def _weights(self, positions: Sequence[int]) -> list[Any]:
+        """What the kernels update: the weights, or the float32 copies of half-precision ones."""
+        return list(self._request(positions, positions).columns[1])
+
+    def _request(self, positions: Sequence[int], grads: Sequence[Any]) -> device.Request:
+        names = [self._names[t] for t in positions]
+        weights = [self.params[name] for name in names]
+        states = [self.states[name] for name in names]
+        masters = self.optimizer.multi_precision
+        return self.optimizer._request(positions, weights, grads, states, masters)
+
+    # ---------------------------------------------------------------- learning rates and names
+
+    @property
+    def learning_rate(self) -> float:
+        """The optimizer's learning rate, before multipliers."""
+        return self.optimizer.learning_rate
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the optimizer's learning rate, from the next step on."""
+        self.optimizer.set_learning_rate(lr)
+
+    def set_lr_mult(self, lr_mult: Mapping[str, float]) -> None:
+        """Set multipliers of the learning rate by name or pattern; all earlier ones are dropped."""
+        self.optimizer.set_lr_mult(self._matched("lr_mult", lr_mult))
+
+    def set_wd_mult(self, wd_mult: Mapping[str, float]) -> None:
+        """Set multipliers of the weight decay by name or pattern; all earlier ones are dropped."""
+        self.optimizer.set_wd_mult(self._matched("wd_mult", wd_mult))
+
+    def freeze(self, patterns: str | Iterable[str]) -> None:
+        """Let parameters stay as they are, by name or pattern; their gradients are not looked at."""
+        self._frozen |= set(self._fitting("freeze", patterns))
+
+    def unfreeze(self, patterns: str | Iterable[str] = "*") -> None:
+        """Let parameters move again, by name or pattern."""
+        self._frozen -= set(self._fitting("unfreeze", patterns))
+
+    def _matched(self, what: str, given: Mapping[str, float]) -> dict[str, float]:
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{what} must be a dict of name or pattern to number, got {given!r}")
+        return {name: value for pattern, value in given.items() for name in self._fitting(what, str(pattern))}
+
+    def _fitting(self, what: str, patterns: str | Iterable[str]) -> list[str]:
+        """The parameters' names that some patterns fit, each of which must fit one."""
+        found = []
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            names = [pattern] if pattern in self.params else fnmatch.filter(self._names, pattern)
+            if not names and pattern != "*":
+                raise ValueError(f"{what}: no parameter is called {pattern!r}; there are {_few(self._names)}")
+            found += names
+        return found
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self, params: bool = True) -> dict[str, Any]:
+        """Everything that goes on changing, as plain values and copies of arrays.
+
+        Parameters
+        ----------
+        params : bool, default True
+            Whether the parameters are to be in it too.
+
+        Returns
+        -------
+        dict
+            ``optimizer``: its name, hyper-parameters, counts and scheduler; ``parameters``: by name, the
+            ``state``, the number of updates ``count``, and the ``weight``; ``accumulated``: gradients that
+            wait for a step, by name; ``skipped_steps``.
+        """
+        return checkpoint.copied(self._state(params))
+
+    def _state(self, params: bool) -> dict[str, Any]:
+        counts = self.optimizer._index_update_count
+        parameters = {
+            name: {"state": self.states[name], "count": counts.get(i, self.optimizer.begin_num_update)}
+            | ({"weight": self.params[name]} if params else {})
+            for i, name in enumerate(self._names)
+        }
+        sums = zip(self._names, self._sums or (), strict=False)
+        return {
+            "optimizer": checkpoint.describe(self.optimizer),
+            "parameters": parameters,
+            "accumulated": {name: array for name, array in sums if array is not None},
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave: the arrays' contents are copied into this trainer's arrays.
+
+        Raises
+        ------
+        CheckpointError
+            It is of another optimizer, or of parameters with other names, shapes or dtypes; nothing has been
+            changed.
+        """
+        found = state_dict["parameters"]
+        if list(found) != self._names:
+            other = sorted(set(found) ^ set(self._names)) or list(found)
+            raise checkpoint.CheckpointError(
+                f"the checkpoint's parameters are not this trainer's: {_few(other)} differ"
+            )
+        pairs = []
+        for name, entry in found.items():
+            pairs += checkpoint.pairs(self.states[name], entry["state"], f"state of parameter {name!r}")
+            if "weight" in entry:
+                pairs += checkpoint.pairs(self.params[name], entry["weight"], f"weight of parameter {name!r}")
+        sums: list[Any] = [None] * len(self._names)
+        weights = self._weights(range(len(self._names)))
+        for name, array in state_dict["accumulated"].items():
+            t = self._names.index(name)
+            sums[t] = _like(weights[t])
+            pairs += checkpoint.pairs(sums[t], array, f"accumulated gradient of parameter {name!r}")
+        checkpoint.restore(self.optimizer, state_dict["optimizer"])
+        for mine, theirs in pairs:
+            mine[...] = theirs
+        counts: dict[Any, int] = {i: entry["count"] for i, entry in enumerate(found.values())}
+        self.optimizer._index_update_count = counts
+        self.skipped_steps = state_dict["skipped_steps"]
+        self._sums = sums if state_dict["accumulated"] else None
+        self._counted = ()
+
+    def save(self, path: str | Path, params: bool = True) -> None:
+        """Write `state_dict` to a safetensors file, which appears whole or not at all."""
+        arrays: checkpoint.Arrays = {}
+        values = checkpoint.take_apart(self._state(params), arrays)
+        checkpoint.write(path, arrays, {"trainer": values})
+
+    def load(self, path: str | Path) -> None:
+        """Take over what `save` wrote. Errors as in `load_state_dict`, and for a damaged file."""
+        arrays, values = checkpoint.read(path)
+        if "trainer" not in values:
+            raise checkpoint.CheckpointError(f"{path} is a checkpoint of numba_opt, but not of a Trainer")
+        self.load_state_dict(checkpoint.put_together(values["trainer"], arrays))
+
+    # ---------------------------------------------------------------- for people
+
+    def __repr__(self) -> str:
+        elements = sum(device.as_array(w, "weight").size for w in self.params.values())
+        held = sum(array.nbytes for state in self.states.values() for array in checkpoint.leaves(state))
+        frozen = f" ({len(self._frozen)} frozen)" if self._frozen else ""
+        return (
+            f"Trainer of {len(self._names):,} parameters{frozen}: {elements:,} elements, "
+            f"{_amount(held)} of state, on the CPU\n  {self.optimizer!r}"
+        )
+
+
+def _plus(weight, grad):  # type: ignore[no-untyped-def]
+    return (weight + grad,)
+
+
+def _named(params: Params) -> dict[str, Any]:
+    """Parameters by name."""
+    if isinstance(params, Mapping):
+        for name in params:
+            if not isinstance(name, str):
+                raise TypeError(f"params must have names that are str, got {name!r}")
+        named = dict(params)
+    elif isinstance(params, (list, tuple)):
+        named = {str(i): array for i, array in enumerate(params)}
+    else:
+        raise TypeError(f"params must be a dict or a list of arrays, got {type(params).__name__}")
+    if not named:
+        raise ValueError("params must hold at least one array, got none")
+    return named
+
+
+def _like(weight: Any) -> np.ndarray:
+    """Zeros of a weight's shape and dtype."""
+    array = device.as_array(weight, "weight")
+    return np.zeros(array.shape, array.dtype)
+
+
+def _few(names: Sequence[str]) -> str:
+    """Some names, for a message."""
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _amount(size: float) -> str:
+    """A number of bytes, for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
