@@ -9,6 +9,7 @@ from .ftml import FTML
 from .nag import NAG
 from .optimizer import Optimizer, create, register
 from .rmsprop import RMSProp
+from .sparse import RowSparse
 from .trainer import Trainer
 from .updater import Updater, get_updater
 
@@ -19,6 +20,7 @@ __all__ = [
     "GroupAdaGrad",
     "Optimizer",
     "RMSProp",
+    "RowSparse",
     "Trainer",
     "Updater",
     "checkpoint",

@@ -56,6 +56,13 @@ def optional(name: str, value: object) -> float | None:
     return None if value is None else number(name, value)
 
 
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """`value` if it is one of some texts."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
+
+
 def parameters(cls: type) -> dict[str, Any]:
     """The parameters that the constructors of a class and of its bases take, its own first, with defaults."""
     found: dict[str, Any] = {}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import device
-from .kernels import cpu, ndarray, threads
+from . import device, execution
+from .kernels import ndarray
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -27,10 +27,10 @@ class Binding:
         self.trainer = trainer
         self.positions = positions
         self.grads: Sequence[Any] = positions  # stands for gradients, until they come
-        self.request = trainer._request(positions, positions)
+        self.request, self.stamps = trainer._request(positions, positions)
         self.ids = ndarray.objects(self.request.columns)
         self.found = ndarray.blank(len(self.request.columns), len(positions))
-        self.kept: device.Bound | None = None  # the tables of `found`, if it can be kept
+        self.kept: execution.Work | None = None  # the tables of `found`, if they can be kept
         self.groups: list[Group] = []
         self.which = np.zeros(len(positions), np.uint64)  # each parameter's group
         self.mults: tuple[Any, ...] = ({}, {})  # the optimizer's, as of which the groups are made
@@ -38,22 +38,23 @@ class Binding:
     def step(self, rescale: float) -> bool:
         """Update the parameters; False if there was reason to skip that."""
         optimizer = self.trainer.optimizer
-        bound = self.bind()
-        scale = self.scale(bound, rescale)
+        work = self.bind()
+        scale = self.scale(work, rescale)
         if scale is None:
             return False
-        self.regroup(bound)
+        self.regroup(work)
         num_update = max(optimizer.num_update, 1 + max(group.count for group in self.groups))
         lr = optimizer._rate(num_update)
         hyper = [
             optimizer._hyper_row(scale, lr * group.lr_mult, optimizer.wd * group.wd_mult, group.count + 1)
             for group in self.groups
         ]
-        if optimizer.use_fused_step:
-            optimizer._launch(bound.tables, hyper)
+        rule = optimizer._rule()
+        if work is self.kept:
+            execution.launch(rule, work.bound.tables, hyper)
         else:
-            optimizer._apply_rule(bound.arrays, np.array(hyper), self.which)
-        bound.write_back()
+            optimizer._execute(rule, work, np.array(hyper), self.which)
+            work.finish()
         self.grads = self.positions
         for group in self.groups:
             group.count += 1
@@ -62,30 +63,22 @@ class Binding:
         self.trainer._counted = (self, *self.mults, num_update)
         return True
 
-    def scale(self, bound: device.Bound, rescale: float) -> float | None:
+    def scale(self, work: execution.Work, rescale: float) -> float | None:
         """What the gradients are to be multiplied by; None if the step is to be skipped."""
         trainer = self.trainer
         if trainer.clip_global_norm is None and not trainer.skip_nonfinite:
             return rescale
-        total = 0.0
-        for table in bound.tables:
-            partial = np.zeros(-(-table.elements // threads.CHUNK))
-            kernel = cpu.squares(table.layout.split()[0])
-            threads.run(kernel, (table.addresses, table.offsets, partial), table.elements)
-            total += float(partial.sum())
-        norm = math.sqrt(total) if math.isfinite(total) else _careful_norm(self.grads)
-        trainer.grad_norm = norm = norm * abs(rescale)
+        trainer.grad_norm = norm = execution.gradient_norm(work, self.grads) * abs(rescale)
         if not math.isfinite(norm):
             return None if trainer.skip_nonfinite else rescale
         if trainer.clip_global_norm is not None and norm > trainer.clip_global_norm:
             return rescale * trainer.clip_global_norm / norm
         return rescale
 
-    def bind(self) -> device.Bound:
+    def bind(self) -> execution.Work:
         """The tables with the gradients in them; made anew only where an array has moved."""
-        request = self.request
-        fused = self.trainer.optimizer.use_fused_step
-        if fused and ndarray.readable():
+        request, optimizer = self.request, self.trainer.optimizer
+        if optimizer.use_fused_step and not self.stamps and ndarray.readable():
             answer = ndarray.survey(
                 self.ids, ndarray.known(), ndarray.NONE, request.n_state, request.per_row, *self.found
             )
@@ -94,19 +87,13 @@ class Binding:
             self.kept = None
             if answer != ndarray.STRANGE and device.fit(self.found, request.n_state):
                 tables = device.tables(self.found, request.n_state)
-                self.kept = device.Bound(tables, request.columns, [])
-                self.number(self.kept)
+                self.kept = execution.Work(device.Bound(tables, self.found, request.columns, []), {}, {}, {})
+                execution.number(tables, self.which)
                 return self.kept
-        bound = device.bind(request._replace(columns=[self.grads, *request.columns[1:]]))
-        self.number(bound)
-        return bound
+        request = request._replace(columns=[self.grads, *request.columns[1:]])
+        return optimizer._assemble(*optimizer._take_sparse(request), self.stamps, self.positions)
 
-    def number(self, bound: device.Bound) -> None:
-        """Tell each tensor in the tables its row of hyper-parameters."""
-        for table in bound.tables:
-            table.addresses[:, -1] = self.which[table.members]
-
-    def regroup(self, bound: device.Bound) -> None:
+    def regroup(self, work: execution.Work) -> None:
         """Sort the parameters by what their hyper-parameters depend on, unless that is done already."""
         optimizer = self.trainer.optimizer
         now = (self, optimizer.lr_mult, optimizer.wd_mult, optimizer.num_update)
@@ -121,7 +108,7 @@ class Binding:
             self.which[k] = group.number
         self.groups = list(groups.values())
         self.mults = (dict(optimizer.lr_mult), dict(optimizer.wd_mult))
-        self.number(bound)
+        execution.number(work.bound.tables, self.which)
 
 
 @dataclass
@@ -133,12 +120,3 @@ class Group:
     count: int
     number: int
     positions: list[int]
-
-
-def _careful_norm(grads: Sequence[Any]) -> float:
-    """The root of the sum of squares where that sum is not finite, though the root may be."""
-    arrays = [device.as_array(grad, "gradient").astype(np.float64) for grad in grads]
-    largest = max(float(np.max(np.abs(array), initial=0)) for array in arrays)
-    if not math.isfinite(largest):
-        return largest
-    return largest * math.sqrt(math.fsum(float(np.sum(np.square(array / largest))) for array in arrays))

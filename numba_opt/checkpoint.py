@@ -21,19 +21,19 @@ import numpy as np
 
 from . import arguments
 from .device import as_array
+from .errors import CheckpointError
+from .mxnet_states import load_mxnet_optimizer, load_mxnet_states
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
+
+__all__ = ["CheckpointError", "load_mxnet_optimizer", "load_mxnet_states"]
 
 FORMAT = 1
 KEY = "numba_opt"  # of the JSON text among the file's metadata
 ARRAY, TUPLE = "\0array", "\0tuple"  # keys of what stands for an array, and for a tuple
 
 Arrays = dict[str, np.ndarray]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used: damaged, of another format, or of something else."""
 
 
 def to_bytes(arrays: Mapping[str, np.ndarray], values: Any) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ class Bound(NamedTuple):
     """The arrays of a call, checked. It keeps them alive for as long as it holds their addresses."""
 
     tables: list[Table]
+    found: ndarray.Survey
     arrays: Columns  # as the kernels work on them
     replaced: list[tuple[np.ndarray, np.ndarray]]  # (the caller's array, what is worked on instead)
 
@@ -54,7 +55,8 @@ class Request(NamedTuple):
     `columns` holds the gradients, the weights and each state, every column of the same length, and perhaps
     the half-precision copies of the weights, None for a weight that has none; `names` says what a column
     holds and `label` what the parameter at a position is called, for the errors. With `per_row`, weights
-    are matrices and a state has the shape ``(rows, 1)``.
+    are matrices and a state has the shape ``(rows, 1)``. A gradient that is None comes another way: `apart`
+    then has the arrays that hold it, by position, which must not share memory with what is written.
     """
 
     columns: Columns
@@ -62,6 +64,7 @@ class Request(NamedTuple):
     n_state: int
     per_row: bool
     label: Callable[[int], str]
+    apart: Mapping[int, Sequence[np.ndarray]] = {}
 
 
 def bind(request: Request) -> Bound:
@@ -80,7 +83,7 @@ def bind(request: Request) -> Bound:
     if found is None or not fit(found, request.n_state):
         columns, replaced = _one_by_one(request)
         found = _ask(columns)
-    return Bound(tables(found, request.n_state), columns, replaced)
+    return Bound(tables(found, request.n_state), found, columns, replaced)
 
 
 def fit(found: ndarray.Survey, n_state: int) -> bool:
@@ -95,6 +98,8 @@ def tables(found: ndarray.Survey, n_state: int) -> list[Table]:
     result = []
     codes = sorted(set(found.codes.tolist()))
     for code in codes:
+        if code & ndarray.ABSENT == ndarray.ABSENT:  # of a gradient that comes another way
+            continue
         members = np.flatnonzero(found.codes == code)
         addresses = found.addresses if len(codes) == 1 else found.addresses[members]
         offsets = np.zeros(len(members) + 1, np.int64)
@@ -114,6 +119,13 @@ def layout_of(code: int, columns: int, n_state: int) -> str:
     states, copy = rest[:n_state], rest[n_state:]
     fits = grad in gradients_for(weight, *copy) and all(state == weight for state in states)
     return " ".join((grad, weight, *rest)) if fits else ""
+
+
+@functools.cache
+def own_layout(code: int, columns: int) -> str:
+    """How a tensor's arrays other than its gradient are stored."""
+    numbers = [code >> (ndarray.BITS * c) & ndarray.ABSENT for c in range(1, columns)]
+    return " ".join(ndarray.CODES[number] for number in numbers if number != ndarray.ABSENT)
 
 
 def gradients_for(weight: str, copy: str = "") -> tuple[str, ...]:
@@ -152,7 +164,7 @@ def is_half(dtype: np.dtype) -> bool:
     return dtype == np.float16 or dtype.name == "bfloat16"
 
 
-def _code(dtype: np.dtype) -> str:
+def code_of(dtype: np.dtype) -> str:
     """The code of a dtype in layouts; empty if kernels do not know it."""
     known = ndarray.dtypes()
     return ndarray.CODES[known.index(dtype)] if dtype in known else ""
@@ -164,16 +176,20 @@ def _type(value: Any) -> str:
 
 def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarray, np.ndarray]]]:
     """The columns as arrays that a kernel can take, and what stands in for others; all of it checked."""
-    columns, names, n_state, per_row, label = request
+    columns, names, n_state, per_row, label, apart = request
+
+    def may_lack(c: int, t: int) -> bool:
+        return c == 2 + n_state or (c == 0 and t in apart)
+
     arrays: list[list[Any]] = [
         [
-            None if value is None and c == 2 + n_state else as_array(value, f"{name} of {label(t)}")
+            None if value is None and may_lack(c, t) else as_array(value, f"{name} of {label(t)}")
             for t, value in enumerate(column)
         ]
         for c, (name, column) in enumerate(zip(names, columns, strict=True))
     ]
     for t, weight in enumerate(arrays[1]):
-        if not _code(weight.dtype):
+        if not code_of(weight.dtype):
             raise TypeError(
                 f"weight of {label(t)} is {weight.dtype}; expected float32, float64, float16 or bfloat16"
             )
@@ -189,8 +205,9 @@ def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarra
                 if 2 <= c < 2 + n_state and column[t].dtype != weight.dtype:
                     raise TypeError(f"{what} is {column[t].dtype}; expected {weight.dtype}, as the weight")
         copies = arrays[2 + n_state : 3 + n_state]
-        _check_gradient(arrays[0][t], weight, f"gradient of {label(t)}", *(copy[t] for copy in copies))
-    _check_apart(arrays, names, label)
+        if arrays[0][t] is not None:
+            _check_gradient(arrays[0][t], weight, f"gradient of {label(t)}", *(copy[t] for copy in copies))
+    _check_apart(arrays, names, label, apart)
     replaced = []
     for c, column in enumerate(arrays):
         for t, array in enumerate(column):
@@ -205,8 +222,8 @@ def _check_gradient(grad: np.ndarray, weight: np.ndarray, what: str, copy: np.nd
     """Refuse a gradient whose dtype does not go with the weight's, or a copy's that does not."""
     if copy is not None and not (weight.dtype == np.float32 and is_half(copy.dtype)):
         raise TypeError(f"{what}: expected a float32 weight with a half-precision copy")
-    codes = gradients_for(_code(weight.dtype), "" if copy is None else _code(copy.dtype))
-    if _code(grad.dtype) not in codes:
+    codes = gradients_for(code_of(weight.dtype), "" if copy is None else code_of(copy.dtype))
+    if code_of(grad.dtype) not in codes:
         expected = weight.dtype if copy is None else copy.dtype
         raise TypeError(f"{what} is {grad.dtype}; expected {expected}, as the weight")
 
@@ -228,26 +245,40 @@ def _check_writable(array: np.ndarray, what: str) -> None:
         reach = max(reach, array.itemsize) + stride * (length - 1)
 
 
-def _check_apart(arrays: list[list[Any]], names: Sequence[str], label: Callable[[int], str]) -> None:
+def _check_apart(
+    arrays: list[list[Any]],
+    names: Sequence[str],
+    label: Callable[[int], str],
+    apart: Mapping[int, Sequence[np.ndarray]],
+) -> None:
     """Refuse an array that will be written and shares memory with any other."""
+    everything = [(array, c, t) for c, column in enumerate(arrays) for t, array in enumerate(column)]
+    everything += [(array, 0, t) for t, parts in apart.items() for array in parts]
     spans = []
-    for c, column in enumerate(arrays):
-        for t, array in enumerate(column):
-            if array is not None and array.size:
-                start, stop = np.lib.array_utils.byte_bounds(array)
-                spans.append((start, stop, c, t))
-    spans.sort()
-    active: list[tuple[int, int, int, int]] = []  # those that may reach into the next ones
-    for start, stop, c, t in spans:
+    for array, c, t in everything:
+        if array is not None and array.size:
+            spans.append((*np.lib.array_utils.byte_bounds(array), c, t, array))
+    spans.sort(key=lambda span: span[:4])
+    active: list[tuple[Any, ...]] = []  # those that may reach into the next ones
+    for start, stop, c, t, array in spans:
         active = [span for span in active if span[1] > start]
-        for _, _, c2, t2 in active:
-            if (c or c2) and _share(arrays[c][t], arrays[c2][t2]):
+        for _, _, c2, t2, other in active:
+            if (c or c2) and _share(array, other):
                 this, that = sorted([(t2, c2), (t, c)])
                 raise ValueError(
                     f"{names[that[1]]} of {label(that[0])} shares memory with "
                     f"{names[this[1]]} of {label(this[0])}; expected arrays of their own"
                 )
-        active.append((start, stop, c, t))
+        active.append((start, stop, c, t, array))
+
+
+def check_stamps(stamps: Any, what: str, shape: tuple[int, ...]) -> None:
+    """Refuse stamps of rows that are not what `Optimizer.create_state` made."""
+    if not (isinstance(stamps, np.ndarray) and stamps.dtype == np.int64):
+        raise TypeError(f"{what} are {_type(stamps)}; expected an array of int64")
+    _check_shape(stamps, what, shape)
+    if not (stamps.flags.c_contiguous and stamps.flags.aligned and stamps.flags.writeable):
+        raise ValueError(f"{what} must be contiguous and writable")
 
 
 def _share(a: np.ndarray, b: np.ndarray) -> bool:
@@ -261,10 +292,10 @@ def _share(a: np.ndarray, b: np.ndarray) -> bool:
 def _ask(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
     """What `numba_opt.kernels.ndarray.read` finds, from each array's own word."""
     weights = columns[1]
-    width = [w.shape[-1] if w.ndim else 1 for w in weights]
+    width = [w.size // w.shape[0] if w.ndim and w.shape[0] else 1 for w in weights]
     at = [[0 if a is None else a.__array_interface__["data"][0] for a in column] for column in columns]
     numbers = [
-        [ndarray.ABSENT if a is None else ndarray.CODES.index(_code(a.dtype)) for a in column]
+        [ndarray.ABSENT if a is None else ndarray.CODES.index(code_of(a.dtype)) for a in column]
         for column in columns
     ]
     return ndarray.Survey(

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import arguments, device
-from .kernels import cpu, threads
-from .kernels.elements import prepare
+from . import arguments, device, execution, sparse
 from .lr_scheduler import LRScheduler
 
 __all__ = ["Optimizer", "create", "register"]
@@ -70,6 +68,13 @@ class Optimizer:
     use_fused_step : bool, optional
         Whether `update` runs `fused_step` (one compiled pass) or `step` (readable, on whole arrays).
         Default: fused, for every optimizer that has a rule.
+    lazy_update : bool, default True
+        What a sparse gradient means: True, that only the rows it touches take a step; False, that the
+        others take one with gradient 0.
+    sparse_update : {"lazy", "dense", "exact"}, default "lazy"
+        The same with one more choice. "exact" gives what "dense" gives at the cost of "lazy": an untouched
+        row takes its steps later, when it is touched again or at `flush`. States are then
+        ``(state, stamps)``, with one stamp for each row.
 
     Attributes
     ----------
@@ -126,6 +131,8 @@ class Optimizer:
         param_dict: Mapping[Index, Any] | None = None,
         aggregate_num: float | None = 1,
         use_fused_step: bool | None = None,
+        lazy_update: bool = True,
+        sparse_update: str = "lazy",
         **kwargs: Any,
     ) -> None:
         if kwargs:
@@ -149,8 +156,13 @@ class Optimizer:
         self.idx2name = dict(param_idx2name or {})
         self.param_dict = param_dict or {}
         self.use_fused_step = self.rule is not None if use_fused_step is None else bool(use_fused_step)
+        self.lazy_update = bool(lazy_update)
+        self.sparse_update = arguments.choice("sparse_update", sparse_update, ("lazy", "dense", "exact"))
+        if not lazy_update and sparse_update == "lazy":
+            self.sparse_update = "dense"
         self.lr_mult: dict[Index, float] = {}
         self.wd_mult: dict[Index, float] = {}
+        self._history: dict[Index, execution.History] = {}
 
     def _join(self, scheduler: Any) -> None:
         """Let the learning rate and a scheduler agree about the base."""
@@ -272,8 +284,11 @@ class Optimizer:
             if len(shape) != 2:
                 raise ValueError(f"weight of {self._label(index)} has shape {shape}; expected 2 dimensions")
             shape = (shape[0], 1)
-        states = tuple(np.zeros(shape, weight.dtype) for _ in self.state_names)
-        return states if len(states) > 1 else states[0] if states else None
+        zeros = tuple(np.zeros(shape, weight.dtype) for _ in self.state_names)
+        state = zeros if len(zeros) > 1 else zeros[0] if zeros else None
+        if self.sparse_update == "exact":
+            return state, np.zeros(weight.shape[:1] or (1,), np.int64)
+        return state
 
     def create_state_multi_precision(self, index: Index, weight: Any) -> Any:
         """`create_state`, or ``(float32 weight, its states)`` for half precision with `multi_precision`."""
@@ -318,15 +333,15 @@ class Optimizer:
         TypeError, ValueError
             An argument does not fit; nothing has been changed.
         """
-        bound, plan = self._begin(indices, weights, grads, states)
-        self._run_arrays(bound, plan)
+        work, plan = self._begin(indices, weights, grads, states)
+        self._finish(work, plan, execution.on_arrays)
 
     def fused_step(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
     ) -> None:
         """Update the weights in one compiled pass over all of them. Arguments and errors as in `step`."""
-        bound, plan = self._begin(indices, weights, grads, states)
-        self._run_kernels(bound, plan)
+        work, plan = self._begin(indices, weights, grads, states)
+        self._finish(work, plan, execution.by_kernels)
 
     def update(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
@@ -343,8 +358,21 @@ class Optimizer:
         """
         if not self.multi_precision:
             return self.update(indices, weights, grads, states)
-        bound, plan = self._begin(indices, weights, grads, states, masters=True)
-        return (self._run_kernels if self.use_fused_step else self._run_arrays)(bound, plan)
+        work, plan = self._begin(indices, weights, grads, states, masters=True)
+        return self._finish(work, plan, self._execute)
+
+    def flush(self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]) -> None:
+        """Bring all rows up to date, before weights that had sparse gradients are looked at.
+
+        Only with ``sparse_update="exact"`` is there anything to do.
+        """
+        self._check_lengths(indices, weights, weights, states)
+        nothing = [None] * len(indices)
+        request, stamps = self._request(indices, weights, nothing, states, self.multi_precision)
+        if stamps:
+            request = request._replace(apart=dict.fromkeys(range(len(indices)), ()))
+            work = self._assemble(request, {}, stamps, indices)
+            execution.flush(self._rule(), work, self.use_fused_step)
 
     def _begin(
         self,
@@ -353,10 +381,69 @@ class Optimizer:
         grads: Sequence[Any],
         states: Sequence[Any],
         masters: bool = False,
-    ) -> tuple[device.Bound, Plan]:
+    ) -> tuple[execution.Work, Plan]:
         """Check everything and work out the numbers of a step; changes nothing."""
         self._check_lengths(indices, weights, grads, states)
-        return device.bind(self._request(indices, weights, grads, states, masters)), self._plan(indices)
+        return self._work(indices, weights, grads, states, masters), self._plan(indices)
+
+    @property
+    def _execute(self) -> Callable[..., None]:
+        return execution.by_kernels if self.use_fused_step else execution.on_arrays
+
+    def _finish(self, work: execution.Work, plan: Plan, execute: Callable[..., None]) -> None:
+        """Make the step, and count it."""
+        execute(self._rule(), work, plan.hyper, plan.which)
+        work.finish()
+        self._index_update_count.update(plan.counts)
+        self.num_update = plan.num_update
+
+    def _work(
+        self,
+        indices: Sequence[Index],
+        weights: Sequence[Any],
+        grads: Sequence[Any],
+        states: Sequence[Any],
+        masters: bool,
+    ) -> execution.Work:
+        """The arrays of a call, checked, as they are executed on."""
+        request, stamps = self._request(indices, weights, grads, states, masters)
+        return self._assemble(*self._take_sparse(request), stamps, indices)
+
+    def _assemble(
+        self,
+        request: device.Request,
+        parts: dict[int, sparse.Parts],
+        stamps: dict[int, Any],
+        indices: Sequence[Index],
+    ) -> execution.Work:
+        """A request's arrays, checked, with the histories of those that have stamps."""
+        bound = device.bind(request)
+        for t, marks in stamps.items():
+            height = bound.arrays[1][t].shape[:1] or (1,)
+            device.check_stamps(marks, f"stamps of {request.label(t)}", height)
+        length = 3 + len(self.hyper(0.0, 1)) if stamps else 0
+        histories = {t: self._history.setdefault(indices[t], execution.History(length)) for t in stamps}
+        return execution.Work(bound, parts, stamps, histories)
+
+    def _take_sparse(self, request: device.Request) -> tuple[device.Request, dict[int, sparse.Parts]]:
+        """A request without its sparse gradients, and those."""
+        parts: dict[int, sparse.Parts] = {}
+        if set(map(type, request.columns[0])) <= {np.ndarray}:  # most calls have nothing else
+            return request, parts
+        grads = list(request.columns[0])
+        for t, grad in enumerate(grads):
+            if sparse.is_sparse(grad):
+                what = f"gradient of {request.label(t)}"
+                weight = device.as_array(request.columns[1][t], f"weight of {request.label(t)}")
+                parts[t] = sparse.parts_of(grad, weight, what)
+                grads[t] = None
+                if self.sparse_update == "dense":
+                    touched, values = parts.pop(t).summed(weight)
+                    dense = np.zeros((weight.shape[0], values.shape[1]), weight.dtype)
+                    dense[touched] = values
+                    grads[t] = dense.reshape(weight.shape)
+        apart = {t: part.arrays() for t, part in parts.items()}
+        return request._replace(columns=[grads, *request.columns[1:]], apart=apart), parts
 
     def _request(
         self,
@@ -365,60 +452,28 @@ class Optimizer:
         grads: Sequence[Any],
         states: Sequence[Any],
         masters: bool,
-    ) -> device.Request:
-        """The arrays of a call in the order that kernels take them."""
+    ) -> tuple[device.Request, dict[int, Any]]:
+        """The arrays of a call in the order that kernels take them, and the rows' stamps by position."""
         names = ["gradient", "weight", *(f"state {name!r}" for name in self.state_names)]
         copies: list[list[Any]] = []
+        stamps: dict[int, Any] = {}
         if masters:
             weights, states, copy = self._masters(indices, weights, states)
             names.append("half-precision weight")
             copies.append(copy)
+        if self.sparse_update == "exact":
+            for index, state in zip(indices, states, strict=True):
+                if not (isinstance(state, (tuple, list)) and len(state) == 2):
+                    given = type(state).__name__
+                    raise TypeError(f"state of {self._label(index)} is {given}; expected (state, stamps)")
+            stamps = {t: state[1] for t, state in enumerate(states)}
+            states = [state[0] for state in states]
         columns = [grads, weights, *self._state_columns(indices, states), *copies]
 
         def label(t: int) -> str:
             return self._label(indices[t])
 
-        return device.Request(columns, names, len(self.state_names), self.per_row, label)
-
-    def _run_kernels(self, bound: device.Bound, plan: Plan) -> None:
-        """One compiled pass over all tensors."""
-        which = np.array(plan.which)
-        for table in bound.tables:
-            table.addresses[:, -1] = which[table.members]
-        self._launch(bound.tables, plan.hyper)
-        bound.write_back()
-        self._commit(plan)
-
-    def _launch(self, tables: Sequence[device.Table], hyper: Any) -> None:
-        """Run the rule over some tables, all of whose kernels are there before the first one writes."""
-        rule = self._rule()
-        n_state = len(self.state_names)
-        kernels = [cpu.dense(rule, n_state, self.per_row, table.layout) for table in tables]
-        for table, kernel in zip(tables, kernels, strict=True):
-            rows = np.array(hyper, cpu.compute_dtype(table.layout))
-            threads.run(kernel, (table.addresses, table.offsets, rows), table.elements)
-
-    def _run_arrays(self, bound: device.Bound, plan: Plan) -> None:
-        """The rule on whole arrays, one tensor after another."""
-        self._apply_rule(bound.arrays, plan.hyper, plan.which)
-        bound.write_back()
-        self._commit(plan)
-
-    def _apply_rule(self, arrays: device.Columns, hyper: np.ndarray, which: Iterable[int]) -> None:
-        rule = self._rule()
-        end = 2 + len(self.state_names)
-        for t, k in enumerate(which):
-            grad, weight, *rest = (column[t] for column in arrays)
-            real = np.float64 if weight.dtype == np.float64 else np.float32
-            h = tuple(hyper[k].astype(real))
-            w, *state = (array.astype(real) for array in (weight, *rest[: end - 2]))
-            with np.errstate(all="ignore"):
-                g = prepare(grad.astype(real), w, *h[:3])  # type: ignore[no-untyped-call]
-                reduced = (np.mean(np.square(g), axis=1, keepdims=True),) if self.per_row else ()
-                out = rule(w, g, *state, *reduced, *h[3:])
-                for array, new in zip((weight, *rest), (*out, out[0]), strict=False):
-                    if array is not None:
-                        array[...] = new
+        return device.Request(columns, names, len(self.state_names), self.per_row, label), stamps
 
     def _masters(
         self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]
@@ -497,15 +552,12 @@ class Optimizer:
             )
         return row
 
-    def _commit(self, plan: Plan) -> None:
-        self._index_update_count.update(plan.counts)
-        self.num_update = plan.num_update
-
-    def _rule(self) -> Callable[..., Any]:
+    def _rule(self) -> execution.Rule:
         rule: Any = self.rule
         if rule is None:
             self.hyper(0.0, 1)  # raises, in words
-        return getattr(rule, "__func__", rule)  # a function in a class body may come bound
+        function = getattr(rule, "__func__", rule)  # a function in a class body may come bound
+        return execution.Rule(function, len(self.state_names), self.per_row)
 
     def _label(self, index: Index) -> str:
         name = self.idx2name.get(index)
@@ -532,10 +584,6 @@ def _multipliers(name: str, given: Mapping[Any, float]) -> dict[Index, float]:
     if not isinstance(given, Mapping):
         raise TypeError(f"{name} must be a dict of index or name to number, got {given!r}")
     return {key: arguments.number(f"{name}[{key!r}]", value) for key, value in given.items()}
-
-
-def _rows(columns: Sequence[Sequence[Any]], n: int) -> Sequence[tuple[Any, ...]]:
-    return list(zip(*columns, strict=True)) if columns else [()] * n
 
 
 register = Optimizer.register

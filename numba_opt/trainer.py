@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from . import arguments, checkpoint, device
+from . import arguments, checkpoint, device, execution, sparse
 from .binding import Binding
-from .kernels import cpu, ndarray, threads
+from .kernels import ndarray
 from .optimizer import Optimizer, create
 
 __all__ = ["Trainer"]
@@ -123,7 +123,7 @@ class Trainer:
         self._bindings: dict[bytes, Binding] = {}
         self._counted: tuple[Any, ...] = ()  # by which binding the last step was counted, and as of what
         everything = list(range(len(self._names)))
-        device.bind(self._request(everything, [_like(w) for w in self._weights(everything)]))
+        device.bind(self._request(everything, [_like(w) for w in self._weights(everything)])[0])
         self.freeze(freeze)
 
     # ---------------------------------------------------------------- steps
@@ -158,6 +158,15 @@ class Trainer:
             self.skipped_steps += 1
         self._sums = None
 
+    def flush(self) -> None:
+        """Bring all rows up to date, before parameters that had sparse gradients are looked at.
+
+        Only an optimizer with ``sparse_update="exact"`` leaves rows behind. `save` and `state_dict` do this
+        by themselves.
+        """
+        positions = list(range(len(self._names)))
+        self.optimizer.flush(positions, list(self.params.values()), list(self.states.values()))
+
     def accumulate(self, grads: Params) -> None:
         """Add gradients, in place, to those of earlier calls; the next `step` takes the sum.
 
@@ -165,22 +174,24 @@ class Trainer:
         """
         found = self._in_order(grads)
         present = [t for t, grad in enumerate(found) if grad is not None]
-        sums = self._sums or [None] * len(found)
-        fresh = [t for t in present if sums[t] is None]
-        weights = dict(zip(fresh, self._weights(fresh), strict=True))
-        added = [_like(weights[t]) if t in weights else sums[t] for t in present]
+        sums = list(self._sums or [None] * len(found))
+        weights = dict(zip(present, self._weights(present), strict=True))
+        for t in present:
+            if sparse.is_sparse(found[t]):
+                what = f"gradient of parameter {self._names[t]!r}"
+                sums[t] = sparse.joined(sums[t], found[t], weights[t], what)
+        dense = [t for t in present if not sparse.is_sparse(found[t])]
+        added = [_like(weights[t]) if sums[t] is None else sparse.as_dense(sums[t]) for t in dense]
 
         def label(k: int) -> str:
-            return f"parameter {self._names[present[k]]!r}"
+            return f"parameter {self._names[dense[k]]!r}"
 
-        columns = [[found[t] for t in present], added]
-        request = device.Request(columns, ("gradient", "sum"), 0, False, label)
-        bound = device.bind(request)
-        for table in bound.tables:
-            kernel = cpu.dense(_plus, 0, False, table.layout)
-            hyper = np.array([[1, math.inf, 0]], cpu.compute_dtype(table.layout))
-            threads.run(kernel, (table.addresses, table.offsets, hyper), table.elements)
-        for t, array in zip(present, added, strict=True):
+        columns = [[found[t] for t in dense], added]
+        if dense:
+            bound = device.bind(device.Request(columns, ("gradient", "sum"), 0, False, label))
+            plus = execution.Rule(_plus, 0, False)
+            execution.launch(plus, bound.tables, [[1, math.inf, 0]])
+        for t, array in zip(dense, added, strict=True):
             sums[t] = array
         self._sums = sums
 
@@ -226,9 +237,11 @@ class Trainer:
 
     def _weights(self, positions: Sequence[int]) -> list[Any]:
         """What the kernels update: the weights, or the float32 copies of half-precision ones."""
-        return list(self._request(positions, positions).columns[1])
+        return list(self._request(positions, positions)[0].columns[1])
 
-    def _request(self, positions: Sequence[int], grads: Sequence[Any]) -> device.Request:
+    def _request(
+        self, positions: Sequence[int], grads: Sequence[Any]
+    ) -> tuple[device.Request, dict[int, Any]]:
         names = [self._names[t] for t in positions]
         weights = [self.params[name] for name in names]
         states = [self.states[name] for name in names]
@@ -297,6 +310,7 @@ class Trainer:
         return checkpoint.copied(self._state(params))
 
     def _state(self, params: bool) -> dict[str, Any]:
+        self.flush()
         counts = self.optimizer._index_update_count
         parameters = {
             name: {"state": self.states[name], "count": counts.get(i, self.optimizer.begin_num_update)}
@@ -343,6 +357,7 @@ class Trainer:
         counts: dict[Any, int] = {i: entry["count"] for i, entry in enumerate(found.values())}
         self.optimizer._index_update_count = counts
         self.skipped_steps = state_dict["skipped_steps"]
+        self.optimizer._history.clear()
         self._sums = sums if state_dict["accumulated"] else None
         self._counted = ()
 

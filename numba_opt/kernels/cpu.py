@@ -28,7 +28,7 @@ from . import cache
 from .elements import add, fetch_add, load, pointers, prepare, store
 from .threads import CHUNK
 
-LANES = 16  # partial sums of a row's squares: one AVX-512 register of float32
+HEADER = 6  # numbers before the addresses of arrays, in the table of `rows`
 
 prepare = register_jitable(prepare)
 
@@ -62,6 +62,172 @@ def dense(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) ->
     line and its length; `progress` two int64 zeros, for the chunks claimed and the chunks done.
     """
     span = (_row_span if per_row else _element_span)(rule, n_state, layout)
+    return _over_chunks(
+        span, (cache.fingerprint(rule), n_state, per_row, layout), compute_dtype(layout.split()[1])
+    )
+
+
+def compute_dtype(weight: str) -> np.dtype:
+    """The precision in which a rule is evaluated: double for double weights, else single."""
+    return np.dtype("f8" if weight == "f8" else "f4")
+
+
+def _element_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
+    """A loop over a range of elements of one tensor."""
+    rule = register_jitable(rule)  # not njit: a dispatcher's random id would defeat the disk cache
+    n_array = len(layout.split())
+    end = 2 + n_state  # of what is read; a copy may follow, which is written
+    n_hyper = 3 + rule.__code__.co_argcount - end
+
+    @register_jitable
+    def span(entry, hyper, start, stop, chunk):
+        array = pointers(to_fixed_tuple(entry, n_array), layout)
+        h = to_fixed_tuple(hyper[entry[-1]], n_hyper)
+        for i in range(np.uintp(start), np.uintp(stop)):  # an index that may be negative won't vectorise
+            value = load(array[:end], i)
+            grad = prepare(value[0], value[1], h[0], h[1], h[2])
+            out = rule(value[1], grad, *value[2:], *h[3:])
+            store(array[1:end], i, out)
+            store(array[end:], i, out)
+
+    return span
+
+
+def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
+    """A loop over the rows that begin in a range of elements of one tensor."""
+    row = row_step(rule, n_state, True, layout)
+    n_array = len(layout.split())
+
+    @register_jitable
+    def span(entry, hyper, start, stop, chunk):
+        array = pointers(to_fixed_tuple(entry, n_array), layout)
+        width = np.int64(entry[-2])
+        for r in range(ceildiv(start, width), ceildiv(stop, width)):
+            row(array, hyper[entry[-1]], width, r, r)
+
+    return span
+
+
+def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) -> Callable[..., Any]:
+    """One row's update: ``row(array, hyper, width, r, at)`` takes row `at` of the gradient to row `r`.
+
+    With `per_row` its mean square comes first, then its elements; the states are one number each.
+    """
+    rule = register_jitable(rule)
+    real = compute_dtype(layout.split()[1])
+    end = 2 + n_state
+    n_hyper = 3 + rule.__code__.co_argcount - end - (1 if per_row else 0)
+
+    @register_jitable
+    def element_row(array, hyper, width, r, at):
+        h = to_fixed_tuple(hyper, n_hyper)
+        first, source = np.uintp(r * width), np.uintp(at * width)
+        for j in range(np.uintp(width)):
+            grad = load(array[:1], source + j)
+            value = load(array[1:end], first + j)
+            grad = prepare(grad[0], value[0], h[0], h[1], h[2])
+            out = rule(value[0], grad, *value[1:], *h[3:])
+            store(array[1:end], first + j, out)
+            store(array[end:], first + j, out)
+
+    @register_jitable
+    def reduced_row(array, hyper, width, r, at):
+        h = to_fixed_tuple(hyper, n_hyper)
+        first, source = np.uintp(r * width), np.uintp(at * width)
+        state = new = load(array[2:end], np.uintp(r))
+        total = real.type(0)
+        for j in range(np.uintp(width)):
+            grad = load(array[:1], source + j)
+            weight = load(array[1:2], first + j)
+            grad = prepare(grad[0], weight[0], h[0], h[1], h[2])
+            total = add(total, grad * grad)
+        mean_square = total / real.type(width)
+        for j in range(np.uintp(width)):
+            grad = load(array[:1], source + j)
+            weight = load(array[1:2], first + j)
+            grad = prepare(grad[0], weight[0], h[0], h[1], h[2])
+            out = rule(weight[0], grad, *state, mean_square, *h[3:])
+            store(array[1:2], first + j, out[:1])
+            store(array[end:], first + j, out[:1])
+            new = out[1:]
+        store(array[2:end], np.uintp(r), new)
+
+    return reduced_row if per_row else element_row
+
+
+@functools.cache
+def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, form: str, exact: bool) -> Any:
+    """The kernel that applies a rule to the rows that sparse gradients touch.
+
+    ``kernel(table, offsets, hyper, progress)`` as in `dense`, where a tensor's part of the long line is its
+    touched rows. A row of the table begins with HEADER numbers: the addresses of the gradient's numbers, of
+    the touched rows' numbers, of where each one's parts begin, of the parts' places, and of the rows'
+    stamps, and how many steps have been recorded; then come the weight, the states and perhaps the copy,
+    the length of rows and the first row of hyper-parameters.
+
+    The form says what a part is: ``"block f4"``, a whole row at some place of a block of float32 (without
+    places: each touched row has one part, at its own number); ``"csr i4 f4"``, a number with its column;
+    ``"none"``, no gradient at all. A row's parts are summed in their order, so that nothing depends on who
+    does it. With `exact`, a row first catches up with the steps recorded since its stamp, as a dense
+    optimizer would have taken them with a zero gradient.
+    """
+    kind, *codes = form.split()
+    code = codes[-1] if codes else layout.split()[0]
+    place = codes[0] if kind == "csr" else "i8"
+    real = compute_dtype(layout.split()[0])
+    number = "f8" if real.itemsize == 8 else "f4"
+    step = row_step(rule, n_state, per_row, f"{number} {layout}")
+    n_array = len(layout.split())
+    block, sparse = kind == "block", kind == "csr"
+
+    @register_jitable
+    def gather(entry, k, width, grad):
+        source = pointers((entry[0],), code)
+        starts = pointers((entry[2],), "i8")
+        places = pointers((entry[3],), place)
+        if block and entry[2] == 0:
+            for j in range(np.uintp(width)):
+                grad[j] = load(source, np.uintp(k * width) + j)[0]
+        elif block:
+            begin, end = load(starts, np.uintp(k))[0], load(starts, np.uintp(k + 1))[0]
+            first = np.uintp(load(places, np.uintp(begin))[0] * width)
+            for j in range(np.uintp(width)):
+                grad[j] = load(source, first + j)[0]
+            for p in range(begin + 1, end):
+                first = np.uintp(load(places, np.uintp(p))[0] * width)
+                for j in range(np.uintp(width)):
+                    grad[j] += real.type(load(source, first + j)[0])
+        elif sparse:
+            grad[:] = 0
+            for p in range(load(starts, np.uintp(k))[0], load(starts, np.uintp(k + 1))[0]):
+                grad[load(places, np.uintp(p))[0]] += real.type(load(source, np.uintp(p))[0])
+
+    @register_jitable
+    def span(entry, hyper, start, stop, chunk):
+        width = np.int64(entry[-2])
+        row = np.int64(entry[-1])
+        recorded = np.int64(entry[5])
+        grad, nothing = np.empty(width, real), np.zeros(width, real)
+        rest = pointers(to_fixed_tuple(entry[HEADER:], n_array), layout)
+        array = pointers((np.uint64(grad.ctypes.data),), number) + rest
+        empty = pointers((np.uint64(nothing.ctypes.data),), number) + rest
+        touched = pointers((entry[1],), "i8")
+        stamps = pointers((entry[4],), "i8")
+        for k in range(ceildiv(start, width), ceildiv(stop, width)):
+            r = k if entry[1] == 0 else load(touched, np.uintp(k))[0]
+            if exact:
+                for q in range(load(stamps, np.uintp(r))[0], recorded):
+                    step(empty, hyper[row + q], width, r, 0)
+                store(stamps, np.uintp(r), (recorded + 1,))
+            if block or sparse:
+                gather(entry, k, width, grad)
+                step(array, hyper[row + recorded], width, r, 0)
+
+    return _over_chunks(span, (cache.fingerprint(rule), n_state, per_row, layout, form, exact), real)
+
+
+def _over_chunks(span: Callable[..., Any], key: tuple[Any, ...], real: np.dtype) -> Any:
+    """The kernel in which threads claim chunks of the long line and call `span` for each tensor's part."""
 
     def kernel(table, offsets, hyper, progress):
         total = offsets[-1]
@@ -75,119 +241,33 @@ def dense(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) ->
             t = tensor_at(offsets, start)
             while start < stop:
                 end = min(stop, offsets[t + 1])
-                row = table[t]
-                span(row, hyper[row[-1]], start - offsets[t], end - offsets[t])
+                span(table[t], hyper, start - offsets[t], end - offsets[t], chunk)
                 start = end
                 t += 1
             fetch_add(progress, 1, 1)
 
-    compiled = cache.compiled(kernel, cache.fingerprint(rule), n_state, per_row, layout)
-    line, real = types.int64[::1], from_dtype(compute_dtype(layout))
-    compiled.compile((types.uint64[:, ::1], line, real[:, ::1], line))
+    compiled = cache.compiled(kernel, span.__qualname__, *key)
+    line = types.int64[::1]
+    compiled.compile((types.uint64[:, ::1], line, from_dtype(real)[:, ::1], line))
     compiled.disable_compile()
     return compiled
-
-
-def compute_dtype(layout: str) -> np.dtype:
-    """The precision in which a rule is evaluated: double for double weights, else single."""
-    return np.dtype("f8" if layout.split()[1] == "f8" else "f4")
-
-
-def _element_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
-    """A loop over a range of elements of one tensor."""
-    rule = register_jitable(rule)  # not njit: a dispatcher's random id would defeat the disk cache
-    n_array = len(layout.split())
-    end = 2 + n_state  # of what is read; a copy may follow, which is written
-    n_hyper = 3 + rule.__code__.co_argcount - end
-
-    @register_jitable
-    def span(row, hyper, start, stop):
-        array = pointers(to_fixed_tuple(row, n_array), layout)
-        h = to_fixed_tuple(hyper, n_hyper)
-        for i in range(np.uintp(start), np.uintp(stop)):  # an index that may be negative won't vectorise
-            value = load(array[:end], i)
-            grad = prepare(value[0], value[1], h[0], h[1], h[2])
-            out = rule(value[1], grad, *value[2:], *h[3:])
-            store(array[1:end], i, out)
-            store(array[end:], i, out)
-
-    return span
-
-
-def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
-    """A loop over the rows that begin in a range of elements: their mean square, then their elements."""
-    rule = register_jitable(rule)
-    real = compute_dtype(layout)
-    n_array = len(layout.split())
-    end = 2 + n_state
-    n_hyper = 3 + rule.__code__.co_argcount - end - 1
-
-    @register_jitable
-    def span(row, hyper, start, stop):
-        array = pointers(to_fixed_tuple(row, n_array), layout)
-        element, states, copy = array[:2], array[2:end], array[end:]
-        h = to_fixed_tuple(hyper, n_hyper)
-        width = np.int64(row[-2])
-        lanes = np.empty(LANES, real)
-        for r in range(ceildiv(start, width), ceildiv(stop, width)):
-            first = np.uintp(r * width)
-            lanes[:] = 0
-            for j in range(np.uintp(width)):
-                value = load(element, first + j)
-                grad = prepare(value[0], value[1], h[0], h[1], h[2])
-                lanes[j % np.uintp(LANES)] += grad * grad
-            state = load(states, np.uintp(r))
-            mean_square = lanes.sum() / real.type(width)
-            new = state
-            for j in range(np.uintp(width)):
-                value = load(element, first + j)
-                grad = prepare(value[0], value[1], h[0], h[1], h[2])
-                out = rule(value[1], grad, *state, mean_square, *h[3:])
-                store(element[1:], first + j, out[:1])
-                store(copy, first + j, out[:1])
-                new = out[1:]
-            store(states, np.uintp(r), new)
-
-    return span
 
 
 @functools.cache
 def squares(code: str) -> Any:
     """The kernel that sums the squares of all gradients of a table, stored as `code` says.
 
-    ``kernel(table, offsets, partial, progress)`` writes the sum of each chunk, in double precision, so that
-    the total is the same for any number of threads and no float32 gradient overflows it.
+    ``kernel(table, offsets, partial, progress)`` adds the sum of each chunk to a column of zeros, in double
+    precision, so that the total is the same for any number of threads and no float32 gradient overflows it.
     """
 
     @register_jitable
-    def span(row, start, stop):
-        array = pointers((row[0],), code)
+    def span(entry, partial, start, stop, chunk):
+        array = pointers((entry[0],), code)
         total = np.float64(0)
         for i in range(np.uintp(start), np.uintp(stop)):
             value = np.float64(load(array, i)[0])
             total = add(total, value * value)
-        return total
+        partial[chunk, 0] += total
 
-    def kernel(table, offsets, partial, progress):
-        total = offsets[-1]
-        while True:
-            chunk = fetch_add(progress, 0, 1)
-            if chunk >= partial.size:
-                break
-            start = chunk * CHUNK
-            stop = min(start + CHUNK, total)
-            t = tensor_at(offsets, start)
-            found = np.float64(0)
-            while start < stop:
-                end = min(stop, offsets[t + 1])
-                found += span(table[t], start - offsets[t], end - offsets[t])
-                start = end
-                t += 1
-            partial[chunk] = found
-            fetch_add(progress, 1, 1)
-
-    compiled = cache.compiled(kernel, cache.fingerprint(kernel), code)
-    line = types.int64[::1]
-    compiled.compile((types.uint64[:, ::1], line, types.float64[::1], line))
-    compiled.disable_compile()
-    return compiled
+    return _over_chunks(span, (cache.fingerprint(span), code), np.dtype(np.float64))

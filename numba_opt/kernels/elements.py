@@ -14,7 +14,14 @@ from . import half
 from .scalar import clip
 
 # How an array's elements lie in memory, by the code of its dtype in a layout.
-STORAGE = {"f4": types.float32, "f8": types.float64, "f2": half.HALF, "b2": half.BFLOAT}
+STORAGE = {
+    "f4": types.float32,
+    "f8": types.float64,
+    "f2": half.HALF,
+    "b2": half.BFLOAT,
+    "i4": types.int32,
+    "i8": types.int64,
+}
 
 
 def prepare(grad, weight, rescale, bound, wd):

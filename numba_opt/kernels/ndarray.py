@@ -127,7 +127,8 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
             code |= kind << (BITS * c)
         if codes[t] != code or sizes[t] != size:
             answer = CHANGED
-        addresses[t, columns] = peek(shape + uint64(8 * (ndim - 1)), int64) if ndim > 0 else 1
+        height = peek(shape, int64) if ndim > 0 else size
+        addresses[t, columns] = size // height if height > 0 else 1
         sizes[t] = size
         codes[t] = code
     return answer

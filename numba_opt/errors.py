@@ -1,0 +1,7 @@
+"""Errors that are this package's own."""
+
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used: damaged, of another format, or of something else."""

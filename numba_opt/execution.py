@@ -1,0 +1,269 @@
+"""How a step is carried out once everything about it is settled: by kernels, or on whole arrays.
+
+Arrays have been checked and hyper-parameters worked out; nothing here can fail but for a rule that does not
+compile, and kernels are all compiled before the first one writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import device
+from .kernels import cpu, threads
+from .kernels.elements import prepare
+from .sparse import Parts
+
+
+class Rule(NamedTuple):
+    """What the loops need to know of an optimizer."""
+
+    function: Callable[..., Any]
+    n_state: int
+    per_row: bool
+
+
+class History:
+    """The hyper-parameters of steps that some rows of a parameter have yet to take.
+
+    A row's stamp says how many of the recorded steps it has taken. `recorded` steps count; the row after
+    them is room for the step that is being made.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.recorded = 0
+        self._rows = np.zeros((16, length))
+        self._trim_at = 256
+
+    def with_current(self, row: Sequence[float], dtype: np.dtype) -> np.ndarray:
+        """The recorded steps' hyper-parameters and those of the step that is being made."""
+        if self.recorded == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._rows[self.recorded] = row
+        return self._rows[: self.recorded + 1].astype(dtype)
+
+    def rows(self) -> np.ndarray:
+        """The recorded steps' hyper-parameters."""
+        return self._rows[: self.recorded]
+
+    def record(self, stamps: np.ndarray) -> None:
+        """The step has been made; forget those that every row has taken, now and then."""
+        self.recorded += 1
+        if self.recorded >= self._trim_at:
+            passed = int(stamps.min(initial=self.recorded))
+            self._rows[: self.recorded - passed] = self._rows[passed : self.recorded].copy()
+            stamps -= passed
+            self.recorded -= passed
+            self._trim_at = max(256, 2 * self.recorded)
+
+    def clear(self, stamps: np.ndarray) -> None:
+        """Every row has taken every step."""
+        self.recorded = 0
+        stamps[...] = 0
+
+
+class Work(NamedTuple):
+    """The arrays of one call."""
+
+    bound: device.Bound
+    parts: Mapping[int, Parts]  # of sparse gradients, by position
+    stamps: Mapping[int, np.ndarray]  # and histories, by position, where rows catch up exactly
+    histories: Mapping[int, History]
+
+    def lagging(self) -> list[int]:
+        """Positions of parameters with a dense gradient, some of whose rows have yet to catch up."""
+        return [t for t, h in self.histories.items() if h.recorded and t not in self.parts]
+
+    def finish(self) -> None:
+        """Settle what a step leaves behind."""
+        for t in self.lagging():
+            self.histories[t].clear(self.stamps[t])
+        for t in self.parts:
+            if t in self.histories:
+                self.histories[t].record(self.stamps[t])
+        self.bound.write_back()
+
+
+Job = tuple[Any, tuple[Any, ...], int]
+
+
+def by_kernels(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> None:
+    """One compiled pass over all tensors; `which` says each one's row of `hyper`."""
+    jobs = [_catch_up(rule, work, t) for t in work.lagging()]
+    if work.parts:
+        jobs += _row_jobs(rule, work, hyper, which)
+    number(work.bound.tables, which)
+    launch(rule, work.bound.tables, hyper, jobs)
+
+
+def number(tables: Sequence[device.Table], which: Any) -> None:
+    """Tell each tensor in some tables its row of hyper-parameters."""
+    which = np.asarray(which)
+    for table in tables:
+        table.addresses[:, -1] = which[table.members]
+
+
+def launch(rule: Rule, tables: Sequence[device.Table], hyper: Any, jobs: Sequence[Job] = ()) -> None:
+    """Run jobs, then the rule over tables, all of whose kernels are there before the first one writes."""
+    jobs = list(jobs)
+    for table in tables:
+        kernel = cpu.dense(*rule, table.layout)
+        rows = np.array(hyper, cpu.compute_dtype(table.layout.split()[1]))
+        jobs.append((kernel, (table.addresses, table.offsets, rows), table.elements))
+    for job in jobs:
+        threads.run(*job)
+
+
+def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[Job]:
+    """The kernel calls for sparse gradients: one for all that are alike, one each where rows catch up."""
+    groups: dict[Any, list[int]] = {}
+    for t, parts in work.parts.items():
+        own = t if t in work.histories else None
+        groups.setdefault((parts.form, _layout(work, t), own), []).append(t)
+    jobs = []
+    for (form, layout, own), members in groups.items():
+        real = cpu.compute_dtype(layout.split()[0])
+        exact = own is not None
+        entries, elements = [], [0]
+        for t in members:
+            parts, arrays = work.parts[t], work.bound.found.addresses[t]
+            stamps = work.stamps[t].ctypes.data if exact else 0
+            recorded = work.histories[t].recorded if exact else 0
+            head = [_address(array) for array in (parts.data, parts.rows, parts.starts, parts.places)]
+            row = 0 if exact else int(which[t])
+            entries.append([*head, stamps, recorded, *_own(rule, layout, arrays), row])
+            elements.append(elements[-1] + len(parts.rows) * int(arrays[-2]))
+        if own is None:
+            rows = np.array(hyper, real)
+        else:
+            rows = work.histories[own].with_current(hyper[which[own]], real)
+        kernel = cpu.rows(*rule, layout, form, exact)
+        table = np.array(entries, np.uint64)
+        jobs.append((kernel, (table, np.array(elements, np.int64), rows), elements[-1]))
+    return jobs
+
+
+def _catch_up(rule: Rule, work: Work, t: int) -> Job:
+    """The kernel call that brings all rows of a parameter up to date."""
+    history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(work, t)
+    entry = [0, 0, 0, 0, work.stamps[t].ctypes.data, history.recorded, *_own(rule, layout, arrays), 0]
+    elements = int(work.bound.found.sizes[t])
+    kernel = cpu.rows(*rule, layout, "none", True)
+    rows = history.rows().astype(cpu.compute_dtype(layout.split()[0]))
+    return kernel, (np.array([entry], np.uint64), np.array([0, elements], np.int64), rows), elements
+
+
+def _layout(work: Work, t: int) -> str:
+    """How a parameter's own arrays are stored: its weight, states and perhaps copy."""
+    return device.own_layout(int(work.bound.found.codes[t]), work.bound.found.bytes.shape[1])
+
+
+def _own(rule: Rule, layout: str, addresses: np.ndarray) -> list[int]:
+    """The addresses of a parameter's own arrays, and the length of its rows."""
+    return [*addresses[1 : 1 + len(layout.split())].tolist(), int(addresses[-2])]
+
+
+def _address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
+def on_arrays(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> None:
+    """The same on whole arrays, one parameter after another: readable, not fast."""
+    for t in range(len(which)):
+        grad, weight, *rest = (column[t] for column in work.bound.arrays)
+        row = hyper[which[t]]
+        if t in work.histories and work.histories[t].recorded:
+            _catch_up_arrays(rule, work, t, weight, rest)
+        if t not in work.parts:
+            _apply(rule, grad, weight, rest, row)
+            continue
+        touched, values = work.parts[t].summed(weight)
+        _apply_to_rows(rule, touched, values, weight, rest, row)
+        if t in work.stamps:
+            work.stamps[t][touched] = work.histories[t].recorded + 1
+            work.histories[t].with_current(row, np.dtype(np.float64))
+
+
+def _catch_up_arrays(rule: Rule, work: Work, t: int, weight: np.ndarray, rest: Sequence[Any]) -> None:
+    """Let the rows that will be touched, or all of them, take the recorded steps that they have not."""
+    stamps, history = work.stamps[t], work.histories[t]
+    rows = work.parts[t].rows if t in work.parts else np.arange(len(stamps))
+    for q, hyper in enumerate(history.rows()):
+        late = rows[stamps[rows] <= q]
+        _apply_to_rows(rule, late, np.zeros((len(late), 1)), weight, rest, hyper)
+
+
+def _apply_to_rows(
+    rule: Rule, rows: np.ndarray, values: np.ndarray, weight: np.ndarray, rest: Sequence[Any], hyper: Any
+) -> None:
+    """Apply a rule to some rows of a parameter, each of which is a row of `values` for its gradient."""
+    height = weight.shape[0]
+    whole = [None if array is None else array.reshape(height, -1) for array in (weight, *rest)]
+    parts = [None if array is None else array[rows] for array in whole]
+    grad = np.broadcast_to(values, parts[0].shape)  # type: ignore[union-attr]
+    _apply(rule, grad, parts[0], parts[1:], hyper)
+    for array, part in zip(whole, parts, strict=True):
+        if array is not None:
+            array[rows] = part
+
+
+def _apply(rule: Rule, grad: Any, weight: Any, rest: Sequence[Any], hyper: Any) -> None:
+    """Apply a rule to arrays: the weight, its states and perhaps its copy change in place."""
+    real = np.float64 if weight.dtype == np.float64 else np.float32
+    h = tuple(np.asarray(hyper).astype(real))
+    w, *state = (array.astype(real) for array in (weight, *rest[: rule.n_state]))
+    with np.errstate(all="ignore"):
+        g = prepare(grad.astype(real), w, *h[:3])
+        reduced = (np.mean(np.square(g), axis=1, keepdims=True),) if rule.per_row else ()
+        out = rule.function(w, g, *state, *reduced, *h[3:])
+        for array, new in zip((weight, *rest), (*out, out[0]), strict=False):
+            if array is not None:
+                array[...] = new
+
+
+def flush(rule: Rule, work: Work, fused: bool) -> None:
+    """Bring all rows of all parameters up to date."""
+    if fused:
+        for job in [_catch_up(rule, work, t) for t in work.lagging()]:
+            threads.run(*job)
+    else:
+        for t in work.lagging():
+            _, weight, *rest = (column[t] for column in work.bound.arrays)
+            _catch_up_arrays(rule, work, t, weight, rest)
+    work.finish()
+
+
+def gradient_norm(work: Work, grads: Sequence[Any]) -> float:
+    """The root of the sum of the squares of all gradients, in double precision.
+
+    Each chunk's sum is taken by whichever thread comes by and all of them are added in order, so that the
+    norm is the same to the bit for any number of threads.
+    """
+    blocks = [
+        (parts.data if parts.starts is None else parts.summed(work.bound.arrays[1][t])[1])
+        for t, parts in work.parts.items()
+    ]
+    jobs = [(t.layout.split()[0], t.addresses, t.offsets) for t in work.bound.tables]
+    for block in blocks:
+        address = np.array([[block.ctypes.data, 0, 0]], np.uint64)
+        jobs.append((device.code_of(block.dtype), address, np.array([0, block.size], np.int64)))
+    total = 0.0
+    for code, addresses, offsets in jobs:
+        partial = np.zeros((-(-int(offsets[-1]) // threads.CHUNK), 1))
+        threads.run(cpu.squares(code), (addresses, offsets, partial), int(offsets[-1]))
+        total += float(partial.sum())
+    if math.isfinite(total):
+        return math.sqrt(total)
+    dense = [device.as_array(g, "gradient") for t, g in enumerate(grads) if t not in work.parts]
+    return _careful_norm([array.astype(np.float64) for array in (*dense, *blocks)])
+
+
+def _careful_norm(arrays: Sequence[np.ndarray]) -> float:
+    """The norm where the sum of squares is not finite, though its root may be."""
+    largest = max(float(np.max(np.abs(array), initial=0)) for array in arrays)
+    if not math.isfinite(largest):
+        return largest
+    return largest * math.sqrt(math.fsum(float(np.sum(np.square(array / largest))) for array in arrays))

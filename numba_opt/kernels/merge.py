@@ -1,0 +1,100 @@
+"""Row numbers in order: which rows a sparse gradient touches, and where the parts of each one are.
+
+These kernels also look for numbers that would lead outside an array. They only say that there are some;
+`numba_opt.sparse` says which.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import cache
+
+DIGIT = 11  # bits sorted at a time: 2048 counters stay in the fastest cache
+
+GOOD, UNSORTED, BAD = 0, 1, 2
+
+
+def look(rows, height):
+    """GOOD if row numbers are within the height and strictly increase, UNSORTED if they don't, else BAD."""
+    bad = unsorted = False
+    for i in range(rows.size):
+        bad |= (rows[i] < 0) | (rows[i] >= height)
+    for i in range(1, rows.size):
+        unsorted |= rows[i] <= rows[i - 1]
+    return BAD if bad else UNSORTED if unsorted else GOOD
+
+
+def group(rows, height):
+    """Sort the places of row numbers by row, equal ones in their order.
+
+    Returns the touched rows, where each one's places begin in the order (and where the last one's end),
+    and the order.
+    """
+    n = rows.size
+    order, keys = np.arange(n), rows.copy()
+    next_order, next_keys = np.empty_like(order), np.empty_like(keys)
+    shift = 0
+    while (height - 1) >> shift > 0:
+        counts = np.zeros((1 << DIGIT) + 1, np.int64)
+        for i in range(n):
+            counts[((keys[i] >> shift) & ((1 << DIGIT) - 1)) + 1] += 1
+        for d in range(1 << DIGIT):
+            counts[d + 1] += counts[d]
+        for i in range(n):
+            digit = (keys[i] >> shift) & ((1 << DIGIT) - 1)
+            next_keys[counts[digit]] = keys[i]
+            next_order[counts[digit]] = order[i]
+            counts[digit] += 1
+        keys, next_keys = next_keys, keys
+        order, next_order = next_order, order
+        shift += DIGIT
+    touched, starts = next_keys, np.empty(n + 1, np.int64)
+    k = 0
+    for i in range(n):
+        if i == 0 or keys[i] != keys[i - 1]:
+            touched[k] = keys[i]
+            starts[k] = i
+            k += 1
+    starts[k] = n
+    return touched[:k].copy(), starts[: k + 1].copy(), order
+
+
+def look_csr(indptr, available):
+    """How many rows of a CSR matrix hold an entry; -1 if `indptr` leads outside or runs backwards."""
+    bad = indptr[0] != 0
+    count = 0
+    for r in range(indptr.size - 1):
+        bad |= indptr[r + 1] < indptr[r]
+        count += indptr[r + 1] > indptr[r]
+    return -1 if bad or indptr[-1] > available else count
+
+
+def touched_csr(indptr, count):
+    """The rows that hold an entry, where each one's entries begin, and where the last one's end."""
+    rows, starts = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
+    k = 0
+    for r in range(indptr.size - 1):
+        rows[k] = r  # written over by the next row if this one is empty
+        starts[k] = indptr[r]
+        k += indptr[r + 1] > indptr[r]
+    starts[k] = indptr[-1]
+    return rows[:count].copy(), starts
+
+
+def look_columns(indices, entries, width, full):
+    """GOOD if columns are within the width and, where `full`, run from 0 to the end in each row."""
+    bad = unsorted = False
+    for p in range(entries):
+        bad |= (indices[p] < 0) | (indices[p] >= width)
+    if full:
+        for first in range(0, entries, width):
+            for j in range(width):
+                unsorted |= indices[first + j] != j
+    return BAD if bad else UNSORTED if unsorted or not full else GOOD
+
+
+look, group, look_csr, touched_csr, look_columns = (
+    cache.compiled(function, cache.fingerprint(function))
+    for function in (look, group, look_csr, touched_csr, look_columns)
+)
