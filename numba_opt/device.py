@@ -150,9 +150,9 @@ def as_array(value: Any, what: str) -> np.ndarray:
     try:
         if torch is not None and isinstance(value, torch.Tensor):
             return value.detach().numpy()
-        if hasattr(value, "__array_interface__"):
+        if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):  # a scalar is a copy
             return np.asarray(value)
-        if hasattr(value, "__dlpack__"):
+        if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
             return np.from_dlpack(value)
     except (TypeError, RuntimeError, BufferError, ValueError) as error:
         raise TypeError(f"{what} ({_type(value)}) cannot be viewed as a NumPy array: {error}") from error

@@ -217,7 +217,8 @@ def _apply(rule: Rule, grad: Any, weight: Any, rest: Sequence[Any], hyper: Any) 
     w, *state = (array.astype(real) for array in (weight, *rest[: rule.n_state]))
     with np.errstate(all="ignore"):
         g = prepare(grad.astype(real), w, *h[:3])
-        reduced = (np.mean(np.square(g), axis=1, keepdims=True),) if rule.per_row else ()
+        width = max(1, g.shape[-1]) if rule.per_row else 1
+        reduced = (np.sum(np.square(g), axis=1, keepdims=True) / real(width),) if rule.per_row else ()
         out = rule.function(w, g, *state, *reduced, *h[3:])
         for array, new in zip((weight, *rest), (*out, out[0]), strict=False):
             if array is not None:

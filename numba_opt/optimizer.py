@@ -499,7 +499,11 @@ class Optimizer:
                 raise TypeError(f"{name} must be a list, got {type(values).__name__}")
             if len(values) != len(indices):
                 raise ValueError(f"{name} has length {len(values)}; expected {len(indices)}, as indices")
-        if len(set(indices)) != len(indices):
+        try:
+            different = len(set(indices))
+        except TypeError as error:
+            raise TypeError(f"indices must be hashable, got {indices!r}") from error
+        if different != len(indices):
             twice = next(index for index in indices if indices.count(index) > 1)
             raise ValueError(f"indices must be all different, got {twice!r} more than once")
 
@@ -547,9 +551,9 @@ class Optimizer:
         clip = math.inf if self.clip_gradient is None else self.clip_gradient
         row = (rescale, clip, wd, *self.hyper(lr, t))
         if not math.isfinite(rescale) or any(x != x for x in row):
-            raise ValueError(
-                f"rescale_grad and hyper-parameters must be finite, got {rescale!r} and {row[3:]}"
-            )
+            given = {"rescale_grad": rescale, "wd": wd, "clip_gradient": clip} | vars(self)
+            bad = [f"{k}={v!r}" for k, v in given.items() if isinstance(v, float) and not math.isfinite(v)]
+            raise ValueError(f"hyper-parameters must be finite, got {', '.join(bad) or row}")
         return row
 
     def _rule(self) -> execution.Rule:

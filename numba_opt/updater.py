@@ -51,13 +51,16 @@ class Updater:
         """
         many = isinstance(index, (list, tuple))
         indices, grads, weights = (index, grad, weight) if many else ([index], [grad], [weight])
+        self.optimizer._check_lengths(indices, weights, grads, indices)
         fresh = {
             i: self.optimizer.create_state_multi_precision(i, w)
-            for i, w in zip(indices, weights, strict=False)
+            for i, w in zip(indices, weights, strict=True)
             if i not in self.states
         }
         states = [fresh[i] if i in fresh else self.states[i] for i in indices]
         step = len(indices) if self.optimizer.aggregate_num == math.inf else int(self.optimizer.aggregate_num)
+        if step < len(indices):  # check the whole call before its first part is carried out
+            self.optimizer._begin(indices, weights, grads, states, self.optimizer.multi_precision)
         for first in range(0, len(indices), max(step, 1)):
             part = slice(first, first + step)
             self.optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])

@@ -43,7 +43,8 @@ class InverseRoot(LRScheduler):
 
 def test_doctests():
     result = doctest.testmod(lr_scheduler)
-    assert result.attempted >= 10 and result.failed == 0
+    assert result.attempted >= 10
+    assert result.failed == 0
 
 
 # --- values -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ script describes the layout. MXNet needs a virtual environment of its own:
 Nothing here depends on the clock or on a random seed of the process: on one machine, two
 runs write the same bytes.
 """
+
 import json
 import tempfile
 import warnings
@@ -32,6 +33,7 @@ arrays = {}  # everything that goes into golden.npz
 
 # ---------------------------------------------------------------- inputs
 
+
 def random_state(name):
     """A generator that depends on nothing but the case's name."""
     return np.random.RandomState(zlib.crc32(name.encode()))
@@ -46,7 +48,7 @@ def make_grads(rng, steps, shape):
 
     They are multiples of 1/64, which compress well and are exact in float16 too.
     """
-    grads = rng.standard_normal((steps,) + shape)
+    grads = rng.standard_normal((steps, *shape))
     grads *= np.where(rng.uniform(size=grads.shape) < 0.2, 8.0, 1.0)
     grads[rng.uniform(size=grads.shape) < 0.15] = 0.0
     if steps > 2 and grads.size:
@@ -104,9 +106,27 @@ def structure(state):
 
 # ---------------------------------------------------------------- trajectories
 
-def trajectory(name, optimizer, path, kwargs, *, shapes=SMALL, steps=STEPS, indices=None, dtype="float32",
-               scheduler=None, lr_mult=None, wd_mult=None, idx2name=None, param_dict=None, calls=None,
-               set_learning_rate=None, grads=None, quirk=None):
+
+def trajectory(
+    name,
+    optimizer,
+    path,
+    kwargs,
+    *,
+    shapes=SMALL,
+    steps=STEPS,
+    indices=None,
+    dtype="float32",
+    scheduler=None,
+    lr_mult=None,
+    wd_mult=None,
+    idx2name=None,
+    param_dict=None,
+    calls=None,
+    set_learning_rate=None,
+    grads=None,
+    quirk=None,
+):
     """Run one case through one of MXNet's paths; return its description."""
     shapes = [tuple(shape) for shape in shapes]
     case = {
@@ -137,7 +157,10 @@ def trajectory(name, optimizer, path, kwargs, *, shapes=SMALL, steps=STEPS, indi
 
     optim = build_optimizer(case)
     weights = [mx.nd.array(w, dtype=dtype) for w in start]
-    states = [optim.create_state_multi_precision(index, w) for index, w in zip(case["indices"], weights)]
+    states = [
+        optim.create_state_multi_precision(index, w)
+        for index, w in zip(case["indices"], weights, strict=True)
+    ]
     case["state"] = structure(states[0])
     record = {f"{case['id']}/weight{i}": [] for i in range(len(shapes))}
     for i, state in enumerate(states):
@@ -151,8 +174,9 @@ def trajectory(name, optimizer, path, kwargs, *, shapes=SMALL, steps=STEPS, indi
             [case["indices"][i] for i in call],
             [weights[i] for i in call],
             [mx.nd.array(grads[i][step], dtype=dtype) for i in call],  # fresh: MXNet's step changes it
-            [states[i] for i in call])
-        for i, (weight, state) in enumerate(zip(weights, states)):
+            [states[i] for i in call],
+        )
+        for i, (weight, state) in enumerate(zip(weights, states, strict=True)):
             record[f"{case['id']}/weight{i}"].append(weight.asnumpy())
             for j, leaf in enumerate(leaves(state)):
                 record[f"{case['id']}/state{i}.{j}"].append(leaf.asnumpy())
@@ -164,8 +188,13 @@ def trajectory(name, optimizer, path, kwargs, *, shapes=SMALL, steps=STEPS, indi
     return case
 
 
-PATHS = {"NAG": ("fused", "step"), "RMSProp": ("fused", "step"), "FTML": ("fused", "step"),
-         "Adamax": ("step",), "GroupAdaGrad": ("step",)}  # MXNet has no other
+PATHS = {
+    "NAG": ("fused", "step"),
+    "RMSProp": ("fused", "step"),
+    "FTML": ("fused", "step"),
+    "Adamax": ("step",),
+    "GroupAdaGrad": ("step",),
+}  # MXNet has no other
 
 
 def both(name, optimizer, kwargs, **more):
@@ -194,8 +223,11 @@ def gradient_cases():
     """Every optimizer with its defaults, and with each way of preparing the gradient."""
     cases = []
     for label, (optimizer, kwargs) in VARIANTS.items():
-        cases += both(f"{label}-defaults", optimizer,
-                      {k: v for k, v in kwargs.items() if k in ("centered",) or v == 0.0})
+        cases += both(
+            f"{label}-defaults",
+            optimizer,
+            {k: v for k, v in kwargs.items() if k in ("centered",) or v == 0.0},
+        )
         for kind, extra in GRADIENT.items():
             if optimizer == "GroupAdaGrad":  # has no weight decay
                 extra = {k: v for k, v in extra.items() if k != "wd"}
@@ -205,8 +237,9 @@ def gradient_cases():
         if "epsilon" in mx.optimizer.create(optimizer).__dict__:
             cases += both(f"{label}-epsilon", optimizer, {**kwargs, "epsilon": 0.1})
         if optimizer == "RMSProp":
-            cases += both(f"{label}-clipweights", optimizer,
-                          {**kwargs, "learning_rate": 0.1, "clip_weights": 0.5})
+            cases += both(
+                f"{label}-clipweights", optimizer, {**kwargs, "learning_rate": 0.1, "clip_weights": 0.5}
+            )
     cases += both("adamax-betas", "Adamax", {"learning_rate": 0.02, "beta1": 0.7, "beta2": 0.8})
     cases += both("ftml-betas", "FTML", {"learning_rate": 0.02, "beta1": 0.3, "beta2": 0.8})
     return cases
@@ -216,13 +249,19 @@ def multiplier_cases():
     """Several parameters a call, multipliers by index, name and parameter, update counts."""
     names = {"0": "dense0_weight", "1": "dense0_bias", "2": "conv0_weight", "3": "scale"}
     by_index = {"lr_mult": {"0": 0.5, "2": 2.0}, "wd_mult": {"1": 0.0, "3": 3.0}}
-    by_name = {"idx2name": names, "lr_mult": {"dense0_weight": 0.5, "conv0_weight": 2.0},
-               "wd_mult": {"dense0_bias": 0.0, "scale": 3.0}}
+    by_name = {
+        "idx2name": names,
+        "lr_mult": {"dense0_weight": 0.5, "conv0_weight": 2.0},
+        "wd_mult": {"dense0_bias": 0.0, "scale": 3.0},
+    }
     by_parameter = {"param_dict": {"0": [0.5, 1.0], "2": [2.0, 0.0], "3": [1.0, 3.0]}}
     # param_dict beats the index, the index beats the name
-    mixed = {"idx2name": names, "param_dict": {"0": [0.5, 2.0]},
-             "lr_mult": {"0": 7.0, "dense0_weight": 9.0, "1": 0.25, "dense0_bias": 9.0, "scale": 4.0},
-             "wd_mult": {"0": 7.0, "dense0_weight": 9.0, "1": 0.5, "dense0_bias": 9.0, "scale": 4.0}}
+    mixed = {
+        "idx2name": names,
+        "param_dict": {"0": [0.5, 2.0]},
+        "lr_mult": {"0": 7.0, "dense0_weight": 9.0, "1": 0.25, "dense0_bias": 9.0, "scale": 4.0},
+        "wd_mult": {"0": 7.0, "dense0_weight": 9.0, "1": 0.5, "dense0_bias": 9.0, "scale": 4.0},
+    }
     ways = {"several": {}, "byindex": by_index, "byname": by_name, "byparam": by_parameter, "mixed": mixed}
     cases = []
     for label in ("nag", "rmsprop-centered", "adamax", "ftml"):
@@ -230,12 +269,23 @@ def multiplier_cases():
         for way, more in ways.items():
             cases += both(f"{label}-{way}", optimizer, {**kwargs, "wd": 0.05}, shapes=SEVERAL, **more)
         cases += both(f"{label}-begin", optimizer, {**kwargs, "begin_num_update": 5})
-        cases += both(f"{label}-uneven", optimizer, {**kwargs, "wd": 0.05},
-                      shapes=[(3, 4), (5,)], indices=[7, 3], calls=[[0, 1], [0], [0, 1], [1, 0], [0], [1]])
+        cases += both(
+            f"{label}-uneven",
+            optimizer,
+            {**kwargs, "wd": 0.05},
+            shapes=[(3, 4), (5,)],
+            indices=[7, 3],
+            calls=[[0, 1], [0], [0, 1], [1, 0], [0], [1]],
+        )
         cases += both(f"{label}-empty", optimizer, kwargs, shapes=[(0, 3), (2, 2), (0,)])
         cases += both(f"{label}-setlr", optimizer, kwargs, set_learning_rate={"2": 0.05, "4": 0.005})
-    cases += both("groupadagrad-several", "GroupAdaGrad", {"learning_rate": 0.1, "wd": 0.0},
-                  shapes=[(3, 4), (1, 5), (6, 1)], lr_mult={"0": 0.5, "2": 2.0})
+    cases += both(
+        "groupadagrad-several",
+        "GroupAdaGrad",
+        {"learning_rate": 0.1, "wd": 0.0},
+        shapes=[(3, 4), (1, 5), (6, 1)],
+        lr_mult={"0": 0.5, "2": 2.0},
+    )
     cases += both("groupadagrad-setlr", "GroupAdaGrad", {"learning_rate": 0.1}, set_learning_rate={"2": 0.05})
     return cases
 
@@ -262,24 +312,57 @@ def scheduler_cases():
         linear = {"warmup_steps": 3, "warmup_begin_lr": 0.02}
         cases += both(f"nag-{label}", "NAG", none, scheduler=schedule(label), **steps)
         cases += both(f"nag-{label}-linear", "NAG", none, scheduler=schedule(label, **linear), **steps)
-        cases += both(f"nag-{label}-constant", "NAG", none,
-                      scheduler=schedule(label, warmup_mode="constant", **linear), **steps)
+        cases += both(
+            f"nag-{label}-constant",
+            "NAG",
+            none,
+            scheduler=schedule(label, warmup_mode="constant", **linear),
+            **steps,
+        )
         quirk = None
         if label in ("poly", "cosine"):
             quirk = "learning_rate does not override base_lr: the scheduler keeps its own copy"
-        cases += both(f"nag-{label}-override", "NAG", {"learning_rate": 0.5}, scheduler=schedule(label),
-                      quirk=quirk, **steps)
-    cases += both("nag-factor-default", "NAG", {}, scheduler=schedule("factor"), **steps,
-                  quirk="learning_rate not given: NAG's default 0.1 overrides base_lr all the same")
-    cases += both("nag-factor-override-linear", "NAG", {"learning_rate": 0.5}, **steps,
-                  scheduler=schedule("factor", warmup_steps=3, warmup_begin_lr=0.02),
-                  quirk="the warm-up still climbs to the scheduler's own base_lr, not to learning_rate")
+        cases += both(
+            f"nag-{label}-override",
+            "NAG",
+            {"learning_rate": 0.5},
+            scheduler=schedule(label),
+            quirk=quirk,
+            **steps,
+        )
+    cases += both(
+        "nag-factor-default",
+        "NAG",
+        {},
+        scheduler=schedule("factor"),
+        **steps,
+        quirk="learning_rate not given: NAG's default 0.1 overrides base_lr all the same",
+    )
+    cases += both(
+        "nag-factor-override-linear",
+        "NAG",
+        {"learning_rate": 0.5},
+        **steps,
+        scheduler=schedule("factor", warmup_steps=3, warmup_begin_lr=0.02),
+        quirk="the warm-up still climbs to the scheduler's own base_lr, not to learning_rate",
+    )
     for label in ("adamax", "ftml", "rmsprop"):
         optimizer, _ = VARIANTS[label]
-        cases += both(f"{label}-cosine-begin", optimizer, {"learning_rate": None, "begin_num_update": 2},
-                      scheduler=schedule("cosine"), lr_mult={"1": 0.5}, shapes=[(3, 4), (5,)])
-    cases += both("groupadagrad-multifactor", "GroupAdaGrad", {"learning_rate": None},
-                  scheduler=schedule("multifactor"), **steps)
+        cases += both(
+            f"{label}-cosine-begin",
+            optimizer,
+            {"learning_rate": None, "begin_num_update": 2},
+            scheduler=schedule("cosine"),
+            lr_mult={"1": 0.5},
+            shapes=[(3, 4), (5,)],
+        )
+    cases += both(
+        "groupadagrad-multifactor",
+        "GroupAdaGrad",
+        {"learning_rate": None},
+        scheduler=schedule("multifactor"),
+        **steps,
+    )
     return cases
 
 
@@ -288,26 +371,51 @@ def quirk_cases():
     cases = []
     for label in ("nag", "rmsprop", "rmsprop-centered", "ftml"):
         optimizer, kwargs = VARIANTS[label]
-        cases += both(f"{label}-clipzero", optimizer, {**kwargs, "wd": 0.05, "clip_gradient": 0.0},
-                      quirk="fused takes clip_gradient=0 for None, step clips every gradient to 0")
+        cases += both(
+            f"{label}-clipzero",
+            optimizer,
+            {**kwargs, "wd": 0.05, "clip_gradient": 0.0},
+            quirk="fused takes clip_gradient=0 for None, step clips every gradient to 0",
+        )
     cases += both("adamax-clipzero", "Adamax", {"learning_rate": 0.01, "wd": 0.05, "clip_gradient": 0.0})
-    cases += both("rmsprop-clipweightszero", "RMSProp", {"learning_rate": 0.01, "clip_weights": 0.0},
-                  quirk="both paths take clip_weights=0 for None")
-    cases += both("nag-negativemomentum", "NAG", {"learning_rate": 0.1, "momentum": -0.5},
-                  quirk="fused takes a negative momentum for 0, step uses it")
+    cases += both(
+        "rmsprop-clipweightszero",
+        "RMSProp",
+        {"learning_rate": 0.01, "clip_weights": 0.0},
+        quirk="both paths take clip_weights=0 for None",
+    )
+    cases += both(
+        "nag-negativemomentum",
+        "NAG",
+        {"learning_rate": 0.1, "momentum": -0.5},
+        quirk="fused takes a negative momentum for 0, step uses it",
+    )
     for label in ("nag", "rmsprop", "rmsprop-centered", "adamax"):
         optimizer, kwargs = VARIANTS[label]
         cases += both(f"{label}-lrzero", optimizer, {**kwargs, "learning_rate": 0.0, "wd": 0.05})
     zero = "learning rate 0: fused makes NaN; step raises ZeroDivisionError, so there is no step case"
     cases.append(trajectory("ftml-lrzero", "FTML", "fused", {"learning_rate": 0.0}, quirk=zero))
-    cases.append(trajectory("ftml-lrmultzero", "FTML", "fused", {"learning_rate": 0.01},
-                            shapes=[(3, 4), (5,)], lr_mult={"1": 0.0},
-                            quirk=zero + " (here for the second parameter)"))
+    cases.append(
+        trajectory(
+            "ftml-lrmultzero",
+            "FTML",
+            "fused",
+            {"learning_rate": 0.01},
+            shapes=[(3, 4), (5,)],
+            lr_mult={"1": 0.0},
+            quirk=zero + " (here for the second parameter)",
+        )
+    )
     constant = np.tile(np.round(np.linspace(0.3, 19.7, 16), 2), (40, 1))
-    cases += both("rmsprop-centered-constant", "RMSProp",
-                  {"learning_rate": 0.001, "rho": 0.5, "momentum": 0.5, "centered": True},
-                  shapes=[(16,)], steps=40, grads=[constant],
-                  quirk="constant gradients: var - mean**2 is rounding error, at times negative: NaN")
+    cases += both(
+        "rmsprop-centered-constant",
+        "RMSProp",
+        {"learning_rate": 0.001, "rho": 0.5, "momentum": 0.5, "centered": True},
+        shapes=[(16,)],
+        steps=40,
+        grads=[constant],
+        quirk="constant gradients: var - mean**2 is rounding error, at times negative: NaN",
+    )
     return cases
 
 
@@ -324,6 +432,7 @@ def half_cases():
 
 # ---------------------------------------------------------------- sparse gradients
 
+
 def sparse_case(name, kwargs, storage):
     """GroupAdaGrad's lazy kernel: only the rows that the gradient holds are touched."""
     shape = (8, 3)
@@ -331,8 +440,16 @@ def sparse_case(name, kwargs, storage):
     rng = random_state(name)
     start = make_weight(rng, shape)
     identity = f"{name}/{storage}"
-    case = {"id": identity, "inputs": name, "optimizer": "GroupAdaGrad", "path": "fused", "kwargs": kwargs,
-            "weight_storage": storage, "shape": shape, "steps": len(touched)}
+    case = {
+        "id": identity,
+        "inputs": name,
+        "optimizer": "GroupAdaGrad",
+        "path": "fused",
+        "kwargs": kwargs,
+        "weight_storage": storage,
+        "shape": shape,
+        "steps": len(touched),
+    }
     arrays[f"{name}/weight"] = start
 
     optim = mx.optimizer.create("GroupAdaGrad", use_fused_step=True, **kwargs)
@@ -357,13 +474,21 @@ def sparse_case(name, kwargs, storage):
 
 
 def sparse_cases():
-    kinds = {"plain": {}, "clip": {"clip_gradient": 0.5}, "rescale": {"rescale_grad": 0.125},
-             "all": {"clip_gradient": 0.5, "rescale_grad": 0.125, "epsilon": 0.1}}
-    return [sparse_case(f"sparse-{kind}", {"learning_rate": 0.1, **extra}, storage)
-            for kind, extra in kinds.items() for storage in ("default", "row_sparse")]
+    kinds = {
+        "plain": {},
+        "clip": {"clip_gradient": 0.5},
+        "rescale": {"rescale_grad": 0.125},
+        "all": {"clip_gradient": 0.5, "rescale_grad": 0.125, "epsilon": 0.1},
+    }
+    return [
+        sparse_case(f"sparse-{kind}", {"learning_rate": 0.1, **extra}, storage)
+        for kind, extra in kinds.items()
+        for storage in ("default", "row_sparse")
+    ]
 
 
 # ---------------------------------------------------------------- learning rate curves
+
 
 def curve(name, kwargs, num_updates=None, base_lr_override=None, quirk=None):
     """The rates that a fresh scheduler gives when asked for num_updates in order."""
@@ -371,8 +496,14 @@ def curve(name, kwargs, num_updates=None, base_lr_override=None, quirk=None):
     scheduler = build_scheduler({"name": name, "kwargs": kwargs})
     if base_lr_override is not None:
         scheduler.base_lr = base_lr_override
-    return {"scheduler": name, "kwargs": kwargs, "base_lr_override": base_lr_override,
-            "num_updates": num_updates, "lr": [scheduler(n) for n in num_updates], "quirk": quirk}
+    return {
+        "scheduler": name,
+        "kwargs": kwargs,
+        "base_lr_override": base_lr_override,
+        "num_updates": num_updates,
+        "lr": [scheduler(n) for n in num_updates],
+        "quirk": quirk,
+    }
 
 
 def curves():
@@ -406,16 +537,25 @@ def curves():
             curve(name, {"max_update": 30, "base_lr": 0.3, "final_lr": 0.01, **linear}),
             curve(name, {"max_update": 30, "base_lr": 0.3, **constant}),
             curve(name, {"max_update": 30, "base_lr": 0.3}, num_updates=[5, 20, 10]),
-            curve(name, {"max_update": 30, "base_lr": 0.3, "final_lr": 0.01}, num_updates=[5, 50, 51],
-                  quirk="a jump past max_update returns the last rate asked for, not final_lr"),
-            curve(name, {"max_update": 30, "base_lr": 0.3}, base_lr_override=0.7,
-                  quirk="an override of base_lr has no effect"),
+            curve(
+                name,
+                {"max_update": 30, "base_lr": 0.3, "final_lr": 0.01},
+                num_updates=[5, 50, 51],
+                quirk="a jump past max_update returns the last rate asked for, not final_lr",
+            ),
+            curve(
+                name,
+                {"max_update": 30, "base_lr": 0.3},
+                base_lr_override=0.7,
+                quirk="an override of base_lr has no effect",
+            ),
         ]
     out += [curve(poly, {"max_update": 30, "base_lr": 0.3, "pwr": pwr}) for pwr in (1, 0.5, 3)]
     return out
 
 
 # ---------------------------------------------------------------- saved states
+
 
 def tree(prefix, state):
     """Store a state's arrays; return its nest with the keys of golden.npz for leaves."""
@@ -430,7 +570,10 @@ def tree(prefix, state):
 def describe_states(stem, suffix, dump_optimizer, optimizer, kwargs, updater, scheduler=None):
     optim = updater.optimizer
     return {
-        "file": stem + suffix, "dump_optimizer": dump_optimizer, "optimizer": optimizer, "kwargs": kwargs,
+        "file": stem + suffix,
+        "dump_optimizer": dump_optimizer,
+        "optimizer": optimizer,
+        "kwargs": kwargs,
         "scheduler": scheduler,
         "num_update": optim.num_update,
         "index_update_count": {str(k): v for k, v in optim._index_update_count.items()},
@@ -470,7 +613,7 @@ def saved_states():
         if kind == "row_sparse":
             weights = [w.tostype("row_sparse") for w in weights]
         for _ in range(3):
-            for index, (shape, weight) in enumerate(zip(shapes, weights)):
+            for index, (shape, weight) in enumerate(zip(shapes, weights, strict=True)):
                 grad = mx.nd.array(make_grads(rng, 1, shape)[0], dtype=dtype)
                 updater(index, grad.tostype("row_sparse") if kind == "row_sparse" else grad, weight)
         # MXNet writes arrays in an older format without NumPy's shape semantics, and only so sparse ones
@@ -496,8 +639,10 @@ def trainer_states():
     trainer = mx.gluon.Trainer(params, "nag", kwargs, kvstore=None)
     for _ in range(3):
         with mx.autograd.record():  # a loss whose gradients are what we want
-            loss = sum((param.data() * mx.np.array(make_grads(rng, 1, param.shape)[0])).sum()
-                       for param in params.values())
+            loss = sum(
+                (param.data() * mx.np.array(make_grads(rng, 1, param.shape)[0])).sum()
+                for param in params.values()
+            )
         loss.backward()
         trainer.step(2)
     # save_states puts no clock, path or process id into the file
@@ -511,6 +656,7 @@ def trainer_states():
 
 
 # ---------------------------------------------------------------- all together
+
 
 def rows_of_json(value, indent=0):
     """JSON with one case a line, so that a change shows as a short diff."""
@@ -530,14 +676,16 @@ def main():
         "cases": cases,
         "sparse": sparse_cases(),
         "curves": curves(),
-        "states": saved_states() + [trainer_states()],
+        "states": [*saved_states(), trainer_states()],
     }
     ids = [case["id"] for case in everything["cases"] + everything["sparse"]]
     assert len(ids) == len(set(ids)), "two cases of one name"
     (HERE / "cases.json").write_text(rows_of_json(everything))
     np.savez_compressed(HERE / "golden.npz", **arrays)
-    print(f"{len(ids)} cases, {len(everything['curves'])} curves, "
-          f"{len(everything['states'])} files of states, {len(arrays)} arrays")
+    print(
+        f"{len(ids)} cases, {len(everything['curves'])} curves, "
+        f"{len(everything['states'])} files of states, {len(arrays)} arrays"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,9 @@
+"""Settings that every test shares."""
+
+from hypothesis import settings
+
+# The same examples on every machine and every run, and no time limit on a busy one.
+settings.register_profile("numba_opt", derandomize=True, database=None, deadline=None, max_examples=15)
+settings.load_profile("numba_opt")
+
+collect_ignore = ["golden/make_golden.py"]  # needs MXNet

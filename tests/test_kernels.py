@@ -1,0 +1,355 @@
+"""What is compiled, when, and where it is kept. Everything runs in processes with a cache of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numba_opt
+
+from . import table
+
+ROOT = Path(numba_opt.__file__).parents[1]
+TESTS = Path(__file__).parents[1]
+
+# Every process begins with this: `made` are the kernels, `compiled` the names of those that were compiled
+# rather than found in the cache.
+PRELUDE = """
+import json, sys
+import numpy as np
+from numba.core import event
+from numba_opt.kernels import cache
+
+made, compiled, plain = [], [], cache.compiled
+
+def record(function, *args, **kwargs):
+    made.append(plain(function, *args, **kwargs))
+    return made[-1]
+
+class Listener(event.Listener):
+    def on_start(self, event):
+        dispatcher = event.data["dispatcher"]
+        if isinstance(getattr(dispatcher, "_cache", None), cache.KernelCache):
+            compiled.append(dispatcher.py_func.__name__)
+    def on_end(self, event):
+        pass
+
+cache.compiled = record
+event.register("numba:compile", Listener())
+
+import numba_opt
+from numba_opt.kernels.scalar import sign
+"""
+
+# Both paths on the table's rows; `difference` shows where a kernel is not the rule.
+ROWS = """
+from tests import table
+
+def check(name, dtype="float32"):
+    row = table.row(name)
+    call = table.make(row, [(30, 20), (7, 5)], dtype)
+    expected = call.copy()
+    table.build(row).fused_step(*call)
+    table.build(row).step(*expected)
+    for a, b in zip(table.outputs(call), table.outputs(expected), strict=True):
+        assert np.allclose(a, b, rtol=1e-5, atol=1e-6), f"{name} went wrong"
+    return call.weights[0].ravel()[:5].tolist()
+"""
+
+
+def process(cache, script, *args, package=ROOT, rows=True):
+    """Run a script and return the JSON that it printed last."""
+    path = os.pathsep.join(map(str, (package, TESTS)))
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    source = PRELUDE + (ROWS if rows else "") + script
+    done = subprocess.run(
+        [sys.executable, "-c", source, *map(str, args)],
+        cwd=cache,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def entries(cache):
+    """The compiled kernels on disk, with what tells whether they were written anew."""
+    return {path.name: path.stat().st_mtime_ns for path in Path(cache).rglob("*.nbc")}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    return folder
+
+
+# ---------------------------------------------------------------- machine code
+
+X86 = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="reads x86-64 instructions"
+)
+
+CODE = """
+code = {}
+for name in sys.argv[1:]:
+    before = len(made)
+    check(name)
+    code[name] = [asm for kernel in made[before:] for asm in kernel.inspect_asm().values()]
+print(json.dumps(code))
+"""
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory):
+    """The machine code of every row's float32 kernel, freshly compiled (a cached one cannot be read)."""
+    found = process(tmp_path_factory.mktemp("cache"), CODE, *(row.id for row in table.TABLE))
+    kernels, by_rule = {}, {}  # variants of one rule share a kernel
+    for row in table.TABLE:
+        rule = table.build(row).rule
+        kernels[row.id] = by_rule.setdefault(rule, found[row.id][-1] if found[row.id] else None)
+    return kernels
+
+
+def assert_vectorised(asm, instructions):
+    """Packed loads, stores and arithmetic in single precision, and nothing in double precision."""
+    for name in ("movups", "mulps", *(f"{name}ps" for name in instructions.split())):
+        packed = re.findall(rf"\tv?{name}\t.*", asm)
+        assert any("mm" in line for line in packed), f"no packed {name}"
+    assert not re.findall(r"\tv?cvt(?:ss2sd|ps2pd|sd2ss|pd2ps)\b.*", asm)
+    assert not re.findall(r"\tv?(?:add|mul|div|sqrt)[sp]d\t.*", asm)
+
+
+@X86
+@table.each
+def test_float32_kernels_are_vectorised_and_stay_in_float32(row, assembly):
+    assert_vectorised(assembly[row.id], row.instructions)
+
+
+# ---------------------------------------------------------------- the disk cache
+
+RUN = """
+found = [check(name) for name in sys.argv[1:]]
+print(json.dumps({"found": found, "compiled": sorted(compiled)}))
+"""
+
+
+def test_a_second_process_compiles_nothing(cache):
+    names = [row.id for row in table.TABLE]
+    first = process(cache, RUN, *names)
+    assert first["compiled"]
+    files = entries(cache)
+    assert len(files) >= len(names) - 1  # two rows share a rule
+    second = process(cache, RUN, *names)
+    assert second["compiled"] == []
+    assert second["found"] == first["found"]
+    assert entries(cache) == files
+
+
+def test_kernels_of_different_processes_work_together(cache):
+    """One process compiles one kernel, the next another; a third finds both in the cache, apart.
+
+    Numba names a compiled function by its qualified name, a number that counts from 1 in every process, and
+    its argument types, which are all the same for kernels of one precision.
+    """
+    names = ["nag", "rmsprop", "adamax", "ftml"]
+    alone = [process(cache, RUN, name)["found"][0] for name in names]
+    for order in (1, -1):
+        together = process(cache, RUN, *names[::order])
+        assert together == {"found": alone[::order], "compiled": []}
+
+
+def test_a_damaged_entry_is_compiled_again(cache):
+    first = process(cache, RUN, "adamax")
+    for path in cache.rglob("*.nbc"):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    second = process(cache, RUN, "adamax")
+    assert second == first
+    assert process(cache, RUN, "adamax")["compiled"] == []
+
+
+def test_no_place_for_a_cache(cache):
+    """A cache that cannot be written costs time, never more."""
+    nowhere = cache / "file"
+    nowhere.write_text("")
+    script = "import numba\nnumba.config.CACHE_DIR = " + repr(str(nowhere)) + RUN
+    assert process(cache, script, "adamax")["compiled"]
+    assert entries(cache) == {}
+
+
+# ---------------------------------------------------------------- editing
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package, for a test to edit."""
+    folder = tmp_path / "copy"
+    shutil.copytree(ROOT / "numba_opt", folder / "numba_opt", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def edit(package, file, old, new):
+    path = package / "numba_opt" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+NAMES = ["nag", "rmsprop-centered", "adamax"]
+
+
+def test_editing_a_rule_recompiles_just_that_rule(cache, package):
+    before = process(cache, RUN, *NAMES, package=package)
+    files = entries(cache)
+    edit(package, "rmsprop.py", "maximum(var - mean * mean, 0)", "maximum(var - mean * mean, 1)")
+    after = process(cache, RUN, *NAMES, package=package)
+    assert len(after["compiled"]) == 1
+    assert [a == b for a, b in zip(before["found"], after["found"], strict=True)] == [True, False, True]
+    grown = entries(cache)
+    assert len(grown) == len(files) + 1
+    assert files.items() <= grown.items()
+    edit(package, "rmsprop.py", "maximum(var - mean * mean, 1)", "maximum(var - mean * mean, 0)")
+    assert process(cache, RUN, *NAMES, package=package) == {"found": before["found"], "compiled": []}
+
+
+def test_editing_a_comment_recompiles_nothing(cache, package):
+    before = process(cache, RUN, *NAMES, package=package)
+    edit(package, "adamax.py", "def adamax(", "# a remark\n\n\ndef adamax(")
+    assert process(cache, RUN, *NAMES, package=package) == {**before, "compiled": []}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("kernels/scalar.py", "abs(x)", "abs(x) + x * 0 + 1"),  # what rules are written with
+        ("kernels/elements.py", "clip(rescale * grad, bound)", "clip(rescale * grad * 2, bound)"),
+    ],
+)
+def test_editing_what_rules_call_recompiles(cache, package, file, old, new):
+    script = FUSED + RUN.replace("check(name)", "fused(name)")
+    before = process(cache, script, "adamax", package=package)
+    edit(package, file, old, new)
+    after = process(cache, script, "adamax", package=package)
+    assert after["compiled"]
+    assert after["found"] != before["found"]
+
+
+# The kernel alone: an edited vocabulary may well make the two paths disagree.
+FUSED = """
+def fused(name):
+    row = table.row(name)
+    call = table.make(row, [(30, 20)])
+    table.build(row).fused_step(*call)
+    return call.weights[0].ravel()[:5].tolist()
+"""
+
+
+# ---------------------------------------------------------------- an optimizer of one's own
+
+LION = """
+class Lion(numba_opt.Optimizer):
+    state_names = ("mom",)
+
+    def __init__(self, learning_rate=0.01, beta1=0.9, beta2=0.99, **kwargs):
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        self.beta1, self.beta2 = beta1, beta2
+
+    def rule(weight, grad, mom, lr, beta1, rest1, beta2, rest2):
+        return weight - lr * sign(beta1 * mom + rest1 * grad), beta2 * mom + rest2 * grad
+
+    def hyper(self, lr, t):
+        return lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2
+
+def train(path, dtype, size):
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal(size).astype(dtype)
+    optimizer = Lion(wd=0.1)
+    state = optimizer.create_state(0, weight)
+    for _ in range(3):
+        grad = rng.standard_normal(size).astype(dtype)
+        getattr(optimizer, path)([0], [weight], [grad], [state])
+    return weight, state
+
+found = {}
+for dtype in ("float32", "float64"):
+    for size in (1000, 500_000):
+        for path in ("step", "fused_step"):
+            weight, state = train(path, dtype, size)
+            found[f"{dtype} {size} {path}"] = weight[:1000].tolist() + state[-1000:].tolist()
+asm = [text for kernel in made for text in kernel.inspect_asm().values()] if compiled else []
+print(json.dumps({"found": found, "compiled": sorted(compiled), "asm": asm}))
+"""
+
+
+def lion(dtype, size):
+    """The same in NumPy and float64."""
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal(size).astype(dtype).astype("f8")
+    mom = np.zeros(size)
+    for _ in range(3):
+        grad = rng.standard_normal(size).astype(dtype) + 0.1 * weight
+        weight = weight - 0.01 * np.sign(0.9 * mom + 0.1 * grad)
+        mom = 0.99 * mom + 0.01 * grad
+    return np.concatenate([weight[:1000], mom[-1000:]])
+
+
+def test_an_optimizer_of_ones_own(cache):
+    first = process(cache, LION, rows=False)
+    for key, found in first["found"].items():
+        dtype, size, _ = key.split()
+        assert found == first["found"][f"{dtype} {size} step"]
+        np.testing.assert_allclose(found, lion(dtype, int(size)), atol=1e-6 if dtype == "float32" else 1e-14)
+    assert first["compiled"]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        kernels = [asm for asm in first["asm"] if re.search(r"\tv?mulps\t", asm)]
+        assert len(kernels) == 1
+        assert_vectorised(kernels[0], "sub")
+    files = entries(cache)
+    second = process(cache, LION, rows=False)
+    assert second["compiled"] == []
+    assert second["found"] == first["found"]
+    assert entries(cache) == files
+    changed = process(cache, LION.replace("weight - lr", "weight + lr"), rows=False)
+    assert changed["compiled"]
+    assert changed["found"] != first["found"]
+    assert files.items() <= entries(cache).items()
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def available_memory():
+    """GiB that may be used; infinite where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return np.inf
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+
+
+@pytest.mark.large
+@pytest.mark.skipif(available_memory() < 12, reason="needs 12 GiB of free memory")
+def test_more_elements_than_2_to_the_31():
+    size = 2**31 + 70_001
+    places = [0, 1, 2**30, 2**31 - 1, 2**31, 2**31 + 1, size - 1]
+    weight, grad = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    grad[places] = np.arange(1, len(places) + 1)
+    small, small_grad = np.ones(5, np.float32), np.ones(5, np.float32)
+    optimizer = numba_opt.NAG(0.5, momentum=0)
+    optimizer.update([0, 1], [weight, small], [grad, small_grad], [None, None])
+    assert weight[places].tolist() == [-0.5 * k for k in range(1, len(places) + 1)]
+    assert np.count_nonzero(weight) == len(places)
+    assert small.tolist() == [0.5] * 5

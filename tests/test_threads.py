@@ -1,0 +1,178 @@
+"""Threads of the program, forked processes, and how many threads of ours may work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import numba_opt
+from numba_opt.kernels import threads
+
+from . import table
+
+SEARCHED = os.pathsep.join([str(Path(numba_opt.__file__).parents[1]), str(Path(__file__).parents[1])])
+
+PRELUDE = """
+import os, threading
+import numba, numpy as np, numba_opt
+from numba.np.ufunc import parallel
+from numba_opt.kernels import threads
+from tests import table
+
+def helpers():
+    return sum(thread.name == "numba_opt" for thread in threading.enumerate())
+
+def run(name="ftml"):
+    row = table.row(name)
+    call = table.make(row, [1_000_000, (300, 500)])
+    optimizer = table.build(row)
+    for _ in range(3):
+        optimizer.fused_step(*call)
+    return table.content(table.outputs(call))
+"""
+
+
+def process(script, **env):
+    """A fresh process; the kernels come from the cache of the tests."""
+    env = {**os.environ, "PYTHONPATH": SEARCHED, **env}
+    command = [sys.executable, "-c", PRELUDE + script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+    return done.stdout
+
+
+def train(row, steps=10):
+    call = table.make(row, [400_000, (30, 20), 7])
+    optimizer = table.build(row)
+    for _ in range(steps):
+        optimizer.update(*call)
+    return table.outputs(call)
+
+
+def test_threads_with_optimizers_of_their_own():
+    """Eight at once, in work that is shared between threads; the same bits as one after the other."""
+    rows = (table.TABLE * 8)[:8]
+    expected = list(map(train, rows))
+    barrier = threading.Barrier(8)
+
+    def start(row):
+        barrier.wait()
+        return train(row)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(start, rows))
+    table.assert_bits(found, expected)
+
+
+def test_threads_that_compile_at_once():
+    """Nothing is cached, all need the same kernels."""
+    script = """
+from concurrent.futures import ThreadPoolExecutor
+barrier = threading.Barrier(8)
+
+def start(name):
+    barrier.wait()
+    return run(name)
+
+names = ["nag", "ftml"] * 4
+with ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(start, names))
+assert found == [run(name) for name in names]
+"""
+    process(script, NUMBA_CACHE_DIR=os.devnull)
+
+
+def test_helpers_are_used_and_come_back(monkeypatch):
+    monkeypatch.setattr(threads, "count", lambda: 4)
+    call = table.make(table.row("nag"), [1_000_000])
+    optimizer = table.build(table.row("nag"))
+    for _ in range(50):
+        optimizer.update(*call)
+    assert sum(thread.name == "numba_opt" for thread in threading.enumerate()) >= 3
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "numba_opt")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
+def test_forked_children():
+    """Helpers do not live on in a child: it starts its own, and nobody waits for the dead."""
+    script = """
+import warnings
+warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
+expected = run()
+assert helpers() >= 1
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        assert helpers() == 0
+        good = run() == expected and helpers() >= 1
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(0 if run() == expected else 1)
+        _, status = os.waitpid(grandchild, 0)
+        os._exit(0 if good and status == 0 else 1)
+    assert run() == expected
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+"""
+    process(script, NUMBA_NUM_THREADS="4")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
+def test_fork_while_other_threads_are_at_work():
+    script = """
+import warnings
+warnings.simplefilter("ignore")
+expected, stop = run(), threading.Event()
+
+def work():
+    while not stop.is_set():
+        run()
+
+workers = [threading.Thread(target=work) for _ in range(2)]
+for worker in workers:
+    worker.start()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if run() == expected else 1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+stop.set()
+for worker in workers:
+    worker.join()
+"""
+    process(script, NUMBA_NUM_THREADS="4")
+
+
+def test_set_num_threads_is_respected():
+    script = """
+numba.set_num_threads(1)
+expected = run()
+assert (threads.count(), helpers()) == (1, 0)
+numba.set_num_threads(3)
+assert run() == expected
+assert (threads.count(), helpers()) == (3, 2)
+"""
+    process(script, NUMBA_NUM_THREADS="4")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_environment_is_respected(number):
+    """And Numba's own threading layer, which ends forked children, is never started."""
+    script = f"""
+run()
+assert threads.count() == {number}
+assert helpers() == {number} - 1
+assert not parallel._is_initialized
+"""
+    process(script, NUMBA_NUM_THREADS=str(number))
+
+
+def test_a_process_ends_while_helpers_sleep():
+    process("run()\nassert helpers() == 3", NUMBA_NUM_THREADS="4")
