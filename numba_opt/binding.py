@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,18 +50,18 @@ class Binding:
             optimizer._hyper_row(scale, lr * group.lr_mult, optimizer.wd * group.wd_mult, group.count + 1)
             for group in self.groups
         ]
+        after: list[partial[Any]] = [partial(setattr, self.trainer, "_sums", None)]
+        for group in self.groups:
+            after += optimizer._counting(dict.fromkeys(group.positions, group.count + 1), num_update)
+            after.append(partial(setattr, group, "count", group.count + 1))
+        after.append(partial(setattr, self.trainer, "_counted", (self, *self.mults, num_update)))
         rule = optimizer._rule()
         if work is self.kept:
-            execution.launch(rule, work.bound.tables, hyper)
+            execution.launch(rule, work.bound, hyper, after)
         else:
-            optimizer._execute(rule, work, np.array(hyper), self.which)
-            work.finish()
+            fused = optimizer.use_fused_step
+            execution.carry_out(rule, work, np.array(hyper), self.which, fused, after)  # type: ignore[arg-type]
         self.grads = self.positions
-        for group in self.groups:
-            group.count += 1
-            optimizer._index_update_count.update(dict.fromkeys(group.positions, group.count))
-        optimizer.num_update = num_update
-        self.trainer._counted = (self, *self.mults, num_update)
         return True
 
     def scale(self, work: execution.Work, rescale: float) -> float | None:

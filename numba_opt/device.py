@@ -10,8 +10,10 @@ written back.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,10 +45,9 @@ class Bound(NamedTuple):
     arrays: Columns  # as the kernels work on them
     replaced: list[tuple[np.ndarray, np.ndarray]]  # (the caller's array, what is worked on instead)
 
-    def write_back(self) -> None:
-        """Bring what was worked on in place of an array to where it belongs."""
-        for array, work in self.replaced:
-            array[...] = work
+    def write_back(self) -> list[partial[Any]]:
+        """What brings the arrays that were worked on in others' place to where they belong."""
+        return [partial(operator.setitem, array, ..., work) for array, work in self.replaced]
 
 
 class Request(NamedTuple):

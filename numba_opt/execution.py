@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import device
+from . import device, interrupts
 from .kernels import cpu, threads
 from .kernels.elements import prepare
 from .sparse import Parts
@@ -77,26 +78,37 @@ class Work(NamedTuple):
         """Positions of parameters with a dense gradient, some of whose rows have yet to catch up."""
         return [t for t, h in self.histories.items() if h.recorded and t not in self.parts]
 
-    def finish(self) -> None:
-        """Settle what a step leaves behind."""
+    def settle(self) -> None:
+        """Bring the histories to where the rows are."""
         for t in self.lagging():
             self.histories[t].clear(self.stamps[t])
         for t in self.parts:
             if t in self.histories:
                 self.histories[t].record(self.stamps[t])
-        self.bound.write_back()
 
 
-Job = tuple[Any, tuple[Any, ...], int]
+After = Sequence[partial[Any]]  # what counts a step, none of it written in Python
 
 
-def by_kernels(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> None:
-    """One compiled pass over all tensors; `which` says each one's row of `hyper`."""
-    jobs = [_catch_up(rule, work, t) for t in work.lagging()]
-    if work.parts:
-        jobs += _row_jobs(rule, work, hyper, which)
-    number(work.bound.tables, which)
-    launch(rule, work.bound.tables, hyper, jobs)
+def carry_out(
+    rule: Rule, work: Work, hyper: Any, which: Sequence[int], fused: bool, after: After = ()
+) -> None:
+    """Make a step, wholly or, if a signal comes first, not at all; `which` says each one's row of `hyper`."""
+    if fused and not work.histories:
+        jobs = _row_jobs(rule, work, hyper, which) if work.parts else []
+        number(work.bound.tables, which)
+        launch(rule, work.bound, hyper, after, jobs)
+        return
+    with interrupts.held_back():
+        if fused:
+            jobs = [_catch_up(rule, work, t) for t in work.lagging()]
+            jobs += _row_jobs(rule, work, hyper, which)
+            number(work.bound.tables, which)
+            launch(rule, work.bound, hyper, after, jobs)
+        else:
+            on_arrays(rule, work, hyper, which)
+            threads.run([], [*work.bound.write_back(), *after])
+        work.settle()
 
 
 def number(tables: Sequence[device.Table], which: Any) -> None:
@@ -106,18 +118,19 @@ def number(tables: Sequence[device.Table], which: Any) -> None:
         table.addresses[:, -1] = which[table.members]
 
 
-def launch(rule: Rule, tables: Sequence[device.Table], hyper: Any, jobs: Sequence[Job] = ()) -> None:
+def launch(
+    rule: Rule, bound: device.Bound, hyper: Any, after: After, jobs: Sequence[threads.Job] = ()
+) -> None:
     """Run jobs, then the rule over tables, all of whose kernels are there before the first one writes."""
     jobs = list(jobs)
-    for table in tables:
+    for table in bound.tables:
         kernel = cpu.dense(*rule, table.layout)
         rows = np.array(hyper, cpu.compute_dtype(table.layout.split()[1]))
         jobs.append((kernel, (table.addresses, table.offsets, rows), table.elements))
-    for job in jobs:
-        threads.run(*job)
+    threads.run(jobs, [*bound.write_back(), *after])
 
 
-def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[Job]:
+def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
     """The kernel calls for sparse gradients: one for all that are alike, one each where rows catch up."""
     groups: dict[Any, list[int]] = {}
     for t, parts in work.parts.items():
@@ -146,7 +159,7 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[
     return jobs
 
 
-def _catch_up(rule: Rule, work: Work, t: int) -> Job:
+def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
     """The kernel call that brings all rows of a parameter up to date."""
     history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(work, t)
     entry = [0, 0, 0, 0, work.stamps[t].ctypes.data, history.recorded, *_own(rule, layout, arrays), 0]
@@ -227,14 +240,15 @@ def _apply(rule: Rule, grad: Any, weight: Any, rest: Sequence[Any], hyper: Any) 
 
 def flush(rule: Rule, work: Work, fused: bool) -> None:
     """Bring all rows of all parameters up to date."""
-    if fused:
-        for job in [_catch_up(rule, work, t) for t in work.lagging()]:
-            threads.run(*job)
-    else:
-        for t in work.lagging():
-            _, weight, *rest = (column[t] for column in work.bound.arrays)
-            _catch_up_arrays(rule, work, t, weight, rest)
-    work.finish()
+    with interrupts.held_back():
+        if fused:
+            threads.run([_catch_up(rule, work, t) for t in work.lagging()])
+        else:
+            for t in work.lagging():
+                _, weight, *rest = (column[t] for column in work.bound.arrays)
+                _catch_up_arrays(rule, work, t, weight, rest)
+        threads.run([], work.bound.write_back())
+        work.settle()
 
 
 def gradient_norm(work: Work, grads: Sequence[Any]) -> float:
@@ -254,7 +268,7 @@ def gradient_norm(work: Work, grads: Sequence[Any]) -> float:
     total = 0.0
     for code, addresses, offsets in jobs:
         partial = np.zeros((-(-int(offsets[-1]) // threads.CHUNK), 1))
-        threads.run(cpu.squares(code), (addresses, offsets, partial), int(offsets[-1]))
+        threads.run([(cpu.squares(code), (addresses, offsets, partial), int(offsets[-1]))])
         total += float(partial.sum())
     if math.isfinite(total):
         return math.sqrt(total)

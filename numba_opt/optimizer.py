@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -334,14 +335,14 @@ class Optimizer:
             An argument does not fit; nothing has been changed.
         """
         work, plan = self._begin(indices, weights, grads, states)
-        self._finish(work, plan, execution.on_arrays)
+        self._finish(work, plan, fused=False)
 
     def fused_step(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
     ) -> None:
         """Update the weights in one compiled pass over all of them. Arguments and errors as in `step`."""
         work, plan = self._begin(indices, weights, grads, states)
-        self._finish(work, plan, execution.by_kernels)
+        self._finish(work, plan, fused=True)
 
     def update(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
@@ -359,7 +360,7 @@ class Optimizer:
         if not self.multi_precision:
             return self.update(indices, weights, grads, states)
         work, plan = self._begin(indices, weights, grads, states, masters=True)
-        return self._finish(work, plan, self._execute)
+        return self._finish(work, plan, self.use_fused_step)
 
     def flush(self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]) -> None:
         """Bring all rows up to date, before weights that had sparse gradients are looked at.
@@ -386,16 +387,17 @@ class Optimizer:
         self._check_lengths(indices, weights, grads, states)
         return self._work(indices, weights, grads, states, masters), self._plan(indices)
 
-    @property
-    def _execute(self) -> Callable[..., None]:
-        return execution.by_kernels if self.use_fused_step else execution.on_arrays
-
-    def _finish(self, work: execution.Work, plan: Plan, execute: Callable[..., None]) -> None:
+    def _finish(self, work: execution.Work, plan: Plan, fused: bool) -> None:
         """Make the step, and count it."""
-        execute(self._rule(), work, plan.hyper, plan.which)
-        work.finish()
-        self._index_update_count.update(plan.counts)
-        self.num_update = plan.num_update
+        after = self._counting(plan.counts, plan.num_update)
+        execution.carry_out(self._rule(), work, plan.hyper, plan.which, fused, after)
+
+    def _counting(self, counts: dict[Index, int], num_update: int) -> list[partial[Any]]:
+        """What counts a step."""
+        return [
+            partial(self._index_update_count.update, counts),
+            partial(setattr, self, "num_update", num_update),
+        ]
 
     def _work(
         self,

@@ -137,7 +137,7 @@ def is_sparse(grad: Any) -> bool:
 
 
 def joined(sum_so_far: Any, grad: Any, weight: Any, what: str) -> Any:
-    """The sum of sparse gradients: what touches a row twice is summed when it is used."""
+    """A sum of gradients and one more, as a new array or as rows, which are summed when they are used."""
     weight = device.as_array(weight, what)
     parts_of(grad, weight, what)
     if not isinstance(grad, RowSparse):
@@ -147,8 +147,9 @@ def joined(sum_so_far: Any, grad: Any, weight: Any, what: str) -> Any:
     if isinstance(sum_so_far, RowSparse):
         rows = np.concatenate([sum_so_far.rows, grad.rows])
         return RowSparse(rows, np.concatenate([sum_so_far.values, grad.values]), grad.shape)
-    np.add.at(sum_so_far, grad.rows, grad.values)
-    return sum_so_far
+    dense = sum_so_far.copy()
+    np.add.at(dense, grad.rows, grad.values)
+    return dense
 
 
 def as_dense(grad: Any) -> Any:

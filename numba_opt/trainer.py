@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +188,14 @@ class Trainer:
             return f"parameter {self._names[dense[k]]!r}"
 
         columns = [[found[t] for t in dense], added]
-        if dense:
-            bound = device.bind(device.Request(columns, ("gradient", "sum"), 0, False, label))
-            plus = execution.Rule(_plus, 0, False)
-            execution.launch(plus, bound.tables, [[1, math.inf, 0]])
         for t, array in zip(dense, added, strict=True):
             sums[t] = array
-        self._sums = sums
+        after = [partial(setattr, self, "_sums", sums)]
+        if dense:
+            bound = device.bind(device.Request(columns, ("gradient", "sum"), 0, False, label))
+            execution.launch(execution.Rule(_plus, 0, False), bound, [[1, math.inf, 0]], after)
+        else:
+            self._sums = sums
 
     def _in_order(self, grads: Params) -> list[Any]:
         """Gradients as a list beside the parameters, None where there is none or it is not wanted."""

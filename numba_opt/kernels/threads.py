@@ -1,53 +1,40 @@
-"""The threads that share a kernel's chunks.
+"""The threads that share a kernel's chunks, and a step that no signal can cut in half.
 
 Numba's own parallel backends are never entered. Its `workqueue` layer ends the process when two Python
 threads enter it at once, and GNU OpenMP ends a forked child at its first parallel kernel. Here ordinary
 Python threads call the same serial kernel, which lets go of the GIL and claims chunks until none is
-left. The caller works too, and waits for nobody who has not begun, so a busy machine delays nothing. A
-helper is at work after 20-50 us, where Numba's own backends take 2; work is shared from a size at which
-that no longer shows.
+left. The caller works too, and waits only for chunks that somebody has begun, so a busy machine delays
+nothing. A helper is at work after 20-50 us, where Numba's own backends take 2; work is shared from a size
+at which that no longer shows.
 """
 
 from __future__ import annotations
 
 import collections
 import os
+import queue
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numba
 import numpy as np
 from numba.np.ufunc import parallel
 
+from . import cache
+from .elements import fetch_add
+
 CHUNK = 16384  # elements: 64 KiB of each float32 array, so a chunk's arrays fit in a core's L2 cache
 
 # Sharing pays from about 250,000 float32 elements (measured with NAG and FTML: 120,000 is a draw).
 SHARED = 200_000
 
-_idle: collections.deque[_Helper] = collections.deque()  # append and pop are atomic
-_started = 0
+Job = tuple[Callable[..., Any], tuple[Any, ...], int]  # kernel, arguments but for progress, elements
+
+_jobs: queue.SimpleQueue[partial[Any]] = queue.SimpleQueue()
+_helpers = 0
 _starting = threading.Lock()
-
-
-class _Helper(threading.Thread):
-    """A thread that sleeps until it is handed a job."""
-
-    def __init__(self) -> None:
-        super().__init__(name="numba_opt", daemon=True)
-        self.job: Callable[[], Any] | None = None
-        self.wake = threading.Lock()
-        self.wake.acquire()
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            self.wake.acquire()
-            if self.job is not None:
-                self.job()
-            self.job = None  # it holds the arrays behind the addresses
-            _idle.append(self)
 
 
 def count() -> int:
@@ -56,40 +43,55 @@ def count() -> int:
     return numba.get_num_threads() if parallel._is_initialized else numba.config.NUMBA_NUM_THREADS
 
 
-def run(kernel: Callable[..., Any], args: tuple[Any, ...], elements: int) -> None:
-    """Call ``kernel(*args, progress)`` until all elements are done, on other threads too if it pays."""
-    progress = np.zeros(2, np.int64)  # chunks claimed, chunks done
-    chunks = -(-elements // CHUNK)
-    if elements >= SHARED:
-        for helper in _helpers(min(count(), chunks) - 1):
-            helper.job = lambda: kernel(*args, progress)
-            helper.wake.release()
-    kernel(*args, progress)
-    while progress[1] < chunks:  # a helper is still inside its last chunk
-        time.sleep(0)
+def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
+    """Call each job's ``kernel(*args, progress)``, on other threads too if it pays; then what comes after.
+
+    Python handles signals between bytecodes, and from the first kernel to the last call afterwards there
+    are none here, as long as what is called is not written in Python. So Ctrl-C comes before or after.
+    """
+    steps: list[partial[Any]] = []
+    for kernel, args, elements in jobs:
+        progress = np.zeros(2, np.int64)  # chunks claimed, chunks done
+        chunks = -(-elements // CHUNK)
+        call = partial(kernel, *args, progress)
+        helpers = _ready(min(count(), chunks) - 1) if elements >= SHARED else 0
+        steps += [partial(_jobs.put, call)] * helpers
+        steps.append(call)
+        if helpers:
+            steps.append(partial(finished, progress, chunks))
+    steps += afterwards
+    collections.deque(map(partial.__call__, steps), maxlen=0)
 
 
-def _helpers(wanted: int) -> list[_Helper]:
-    """Up to `wanted` idle helpers; new ones are started while there are fewer than that in all."""
-    global _started
-    found: list[_Helper] = []
-    while len(found) < wanted:
-        try:
-            found.append(_idle.pop())
-        except IndexError:
-            with _starting:
-                if _started >= wanted:
-                    break
-                _started += 1
-            found.append(_Helper())
-    return found
+def finished(progress, chunks):  # type: ignore[no-untyped-def]
+    """Wait until helpers are through with the chunks that they have begun."""
+    while fetch_add(progress, 1, 0) < chunks:
+        pass
+
+
+finished = cache.compiled(finished, cache.fingerprint(finished))
+
+
+def _ready(wanted: int) -> int:
+    """Have `wanted` helpers; they sleep until there is a job."""
+    global _helpers
+    while _helpers < wanted:
+        with _starting:
+            _helpers += 1
+        threading.Thread(target=_help, args=(_jobs,), name="numba_opt", daemon=True).start()
+    return max(wanted, 0)
+
+
+def _help(jobs: queue.SimpleQueue[partial[Any]]) -> None:
+    while True:
+        jobs.get()()
 
 
 def _forget() -> None:
     """In a forked child no helper is alive."""
-    global _started, _starting
-    _idle.clear()
-    _started = 0
+    global _jobs, _helpers, _starting
+    _jobs = queue.SimpleQueue()
+    _helpers = 0
     _starting = threading.Lock()
 
 
