@@ -38,6 +38,12 @@ class Binding:
 
     def step(self, rescale: float) -> bool:
         """Update the parameters; False if there was reason to skip that."""
+        try:
+            return self._step(rescale)
+        finally:
+            self.grads = self.positions  # the caller's arrays are the caller's again
+
+    def _step(self, rescale: float) -> bool:
         optimizer = self.trainer.optimizer
         work = self.bind()
         scale = self.scale(work, rescale)
@@ -54,20 +60,20 @@ class Binding:
         for group in self.groups:
             after += optimizer._counting(dict.fromkeys(group.positions, group.count + 1), num_update)
             after.append(partial(setattr, group, "count", group.count + 1))
-        after.append(partial(setattr, self.trainer, "_counted", (self, *self.mults, num_update)))
+        counted = () if optimizer.param_dict else (self, *self.mults, num_update)
+        after.append(partial(setattr, self.trainer, "_counted", counted))
         rule = optimizer._rule()
         if work is self.kept:
             execution.launch(rule, work.bound, hyper, after)
         else:
             fused = optimizer.use_fused_step
             execution.carry_out(rule, work, np.array(hyper), self.which, fused, after)  # type: ignore[arg-type]
-        self.grads = self.positions
         return True
 
     def scale(self, work: execution.Work, rescale: float) -> float | None:
         """What the gradients are to be multiplied by; None if the step is to be skipped."""
         trainer = self.trainer
-        if trainer.clip_global_norm is None and not trainer.skip_nonfinite:
+        if not trainer._wants_norm:
             return rescale
         trainer.grad_norm = norm = execution.gradient_norm(work, self.grads) * abs(rescale)
         if not math.isfinite(norm):

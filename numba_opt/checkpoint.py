@@ -8,14 +8,13 @@ is refused.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,18 +51,25 @@ def from_bytes(content: bytes) -> tuple[Arrays, Any]:
     """
     if not isinstance(content, (bytes, bytearray)):
         raise TypeError(f"a checkpoint must be bytes, got {type(content).__name__}")
-    load = _safetensors().numpy.load
-    return _opened(lambda: load(bytes(content)), lambda: io.BytesIO(content))
+    library = _safetensors()
+    return _opened(lambda: (library.numpy.load(bytes(content)), _metadata(content)))
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray], values: Any) -> None:
     """Write arrays and values to a file, which appears whole or not at all, whatever happens."""
     plain, metadata = _sealed(arrays, values)
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    library = _safetensors()
     try:
-        _safetensors().numpy.save_file(plain, fresh, metadata)
+        with open(fresh, "xb") as file:
+            mode = os.stat(file.fileno()).st_mode  # as the user's umask has it; safetensors makes it 0600
+        try:
+            library.numpy.save_file(plain, fresh, metadata)
+        except library.SafetensorError as error:
+            raise OSError(f"could not write {path}: {error}") from error
         with open(fresh, "rb+") as file:
+            os.chmod(fresh, mode)
             os.fsync(file.fileno())
         os.replace(fresh, path)
     finally:
@@ -78,9 +84,14 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], values: Any) -> No
 
 def read(path: str | Path) -> tuple[Arrays, Any]:
     """What `write` was given. Errors as in `from_bytes`."""
-    load = _safetensors().numpy.load_file
+    library = _safetensors()
+
+    def load() -> tuple[Arrays, Any]:
+        with library.safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
     try:
-        return _opened(lambda: load(path), lambda: open(path, "rb"))
+        return _opened(load)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -92,18 +103,15 @@ def _sealed(arrays: Mapping[str, np.ndarray], values: Any) -> tuple[Arrays, dict
     return plain, {KEY: text, "digest": _digest(plain, text)}
 
 
-def _opened(load: Callable[[], Arrays], file: Callable[[], BinaryIO]) -> tuple[Arrays, Any]:
+def _opened(load: Callable[[], tuple[Arrays, Any]]) -> tuple[Arrays, Any]:
     """The arrays and values of a safetensors file, if they are what was once sealed."""
     try:
-        arrays = load()
-        with file() as header:
-            length = int.from_bytes(header.read(8), "little")
-            metadata = json.loads(header.read(length)).get("__metadata__", {})
+        arrays, metadata = load()
     except OSError:
         raise
     except Exception as error:  # safetensors raises its own and, on odd headers, others
         raise CheckpointError(f"not a whole safetensors file: {error}") from error
-    if KEY not in metadata:
+    if not metadata or KEY not in metadata:
         raise CheckpointError("a safetensors file, but not a checkpoint of numba_opt")
     text = metadata[KEY]
     if metadata.get("digest") != _digest(arrays, text):
@@ -112,6 +120,11 @@ def _opened(load: Callable[[], Arrays], file: Callable[[], BinaryIO]) -> tuple[A
     if found["format"] != FORMAT:
         raise CheckpointError(f"format {found['format']} of checkpoints; this version reads {FORMAT}")
     return arrays, found["values"]
+
+
+def _metadata(content: bytes) -> Any:
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]).get("__metadata__")
 
 
 def _safetensors() -> Any:
@@ -134,10 +147,15 @@ def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
 def take_apart(value: Any, arrays: Arrays, name: str = "") -> Any:
     """A structure's plain values as JSON can hold them; its arrays go into `arrays`, under their paths."""
     if isinstance(value, Mapping):
-        return {key: take_apart(part, arrays, f"{name}/{key}") for key, part in value.items()}
+        return {
+            "\0" * key.startswith("\0") + key: take_apart(part, arrays, f"{name}/{key}")
+            for key, part in value.items()
+        }
     if isinstance(value, (tuple, list)):
         parts = [take_apart(part, arrays, f"{name}/{k}") for k, part in enumerate(value)]
         return {TUPLE: parts} if isinstance(value, tuple) else parts
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     array = as_array(value, name)
@@ -154,16 +172,16 @@ def put_together(form: Any, arrays: Arrays) -> Any:
         return [put_together(part, arrays) for part in form]
     if not isinstance(form, dict):
         return form
-    if ARRAY in form:
+    if form.keys() == {ARRAY, "dtype"}:
         array = arrays[form[ARRAY]]
         if form["dtype"] != "bfloat16":
             return array
         import ml_dtypes
 
         return array.view(ml_dtypes.bfloat16)
-    if TUPLE in form:
+    if form.keys() == {TUPLE}:
         return tuple(put_together(part, arrays) for part in form[TUPLE])
-    return {key: put_together(part, arrays) for key, part in form.items()}
+    return {key[key.startswith("\0") :]: put_together(part, arrays) for key, part in form.items()}
 
 
 def leaves(state: Any) -> list[Any]:
@@ -204,68 +222,77 @@ def copied(value: Any) -> Any:
 def describe(optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's name, hyper-parameters, counts and scheduler as plain values."""
     scheduler = optimizer.lr_scheduler
-    hyper = {name: getattr(optimizer, name) for name in _plain_parameters(optimizer)}
-    hyper["learning_rate"] = None if scheduler is not None else optimizer.lr
+    hyper = {name: _plain(getattr(optimizer, name)) for name in _plain_parameters(optimizer)}
+    hyper["learning_rate"] = None if scheduler is not None else _plain(optimizer.lr)
+    position = {} if scheduler is None else {k: _plain(v) for k, v in vars(scheduler).items() if _is_plain(v)}
     return {
         "name": type(optimizer).__name__,
+        "states": list(optimizer.state_names),
         "hyper": hyper,
         "num_update": optimizer.num_update,
         "counts": list(map(list, optimizer._index_update_count.items())),
         "lr_mult": list(map(list, optimizer.lr_mult.items())),
         "wd_mult": list(map(list, optimizer.wd_mult.items())),
-        "scheduler": None if scheduler is None else [type(scheduler).__name__, _plain(vars(scheduler))],
+        "scheduler": None if scheduler is None else [type(scheduler).__name__, position],
     }
 
 
-def restore(optimizer: Optimizer, found: Mapping[str, Any]) -> None:
-    """Give an optimizer the hyper-parameters, counts and scheduler position that `describe` found.
+def restorer(optimizer: Optimizer, found: Mapping[str, Any]) -> Callable[[], None]:
+    """What gives an optimizer the hyper-parameters, counts and scheduler position that `describe` found.
 
     Raises
     ------
     CheckpointError
-        It is of another class, or its states or scheduler are others; nothing has been changed.
+        It is of another class, or its states or scheduler are others.
+    KeyError
+        Something is missing.
     """
     name = type(optimizer).__name__
     if found["name"] != name:
         raise CheckpointError(f"the checkpoint is of {found['name']}; this optimizer is {name}")
+    if found["states"] != list(optimizer.state_names):
+        here, there = ", ".join(optimizer.state_names) or "none", ", ".join(found["states"]) or "none"
+        raise CheckpointError(f"the checkpoint's {name} has the states {there}; this one has {here}")
     try:
         fresh = type(optimizer)(**found["hyper"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's hyper-parameters are not {name}'s: {error}") from error
-    if fresh.state_names != optimizer.state_names:
-        raise CheckpointError(
-            f"the checkpoint's {name} has the states {fresh.state_names}; "
-            f"this one has {optimizer.state_names}"
-        )
     scheduler = optimizer.lr_scheduler
-    here = None if scheduler is None else type(scheduler).__name__
-    there = found["scheduler"] and found["scheduler"][0]
-    if here != there:
-        raise CheckpointError(f"the checkpoint's lr_scheduler is {there}; this optimizer's is {here}")
-    if scheduler is not None:
-        vars(scheduler).update(found["scheduler"][1])
-    for attribute in _plain_parameters(optimizer):
-        setattr(optimizer, attribute, getattr(fresh, attribute))
-    optimizer.lr = None if scheduler is not None else fresh.lr
-    optimizer.num_update = found["num_update"]
-    optimizer._index_update_count = dict(found["counts"])
-    optimizer.lr_mult = dict(found["lr_mult"])
-    optimizer.wd_mult = dict(found["wd_mult"])
+    mine = None if scheduler is None else type(scheduler).__name__
+    theirs = found["scheduler"] and found["scheduler"][0]
+    if mine != theirs:
+        raise CheckpointError(f"the checkpoint's lr_scheduler is {theirs}; this optimizer's is {mine}")
+    attributes = {k: getattr(fresh, k) for k in _plain_parameters(fresh) if k in found["hyper"]}
+    attributes |= {
+        "lr": None if scheduler is not None else fresh.lr,
+        "num_update": found["num_update"],
+        "_index_update_count": dict(found["counts"]),
+        "lr_mult": dict(found["lr_mult"]),
+        "wd_mult": dict(found["wd_mult"]),
+    }
+
+    def restore() -> None:
+        vars(optimizer).update(attributes)
+        if scheduler is not None:
+            vars(scheduler).update(found["scheduler"][1])
+
+    return restore
 
 
 def _plain_parameters(optimizer: Optimizer) -> list[str]:
     """The constructor's parameters that are kept under their own names as plain values."""
-    return [name for name in arguments.parameters(type(optimizer)) if name in _plain(vars(optimizer))]
+    held = vars(optimizer)
+    return [name for name in arguments.parameters(type(optimizer)) if name in held and _is_plain(held[name])]
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some values that JSON can hold."""
-    return {k: v for k, v in values.items() if _is_plain(v)}
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
     if isinstance(value, list):
         return all(map(_is_plain, value))
     if isinstance(value, float):
         return not math.isnan(value)
-    return value is None or isinstance(value, (bool, int, str))
+    return value is None or isinstance(value, (bool, int, str, np.number))

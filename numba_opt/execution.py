@@ -270,15 +270,15 @@ def gradient_norm(work: Work, grads: Sequence[Any]) -> float:
         partial = np.zeros((-(-int(offsets[-1]) // threads.CHUNK), 1))
         threads.run([(cpu.squares(code), (addresses, offsets, partial), int(offsets[-1]))])
         total += float(partial.sum())
-    if math.isfinite(total):
+    if 1e-290 < total < math.inf:  # else squares may have left the range of double precision
         return math.sqrt(total)
     dense = [device.as_array(g, "gradient") for t, g in enumerate(grads) if t not in work.parts]
     return _careful_norm([array.astype(np.float64) for array in (*dense, *blocks)])
 
 
 def _careful_norm(arrays: Sequence[np.ndarray]) -> float:
-    """The norm where the sum of squares is not finite, though its root may be."""
-    largest = max(float(np.max(np.abs(array), initial=0)) for array in arrays)
-    if not math.isfinite(largest):
+    """The norm where squares leave the range of double precision, though the norm may not."""
+    largest = float(np.max([np.max(np.abs(array), initial=0) for array in arrays], initial=0))
+    if not 0 < largest < math.inf:
         return largest
     return largest * math.sqrt(math.fsum(float(np.sum(np.square(array / largest))) for array in arrays))

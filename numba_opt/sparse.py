@@ -152,6 +152,11 @@ def joined(sum_so_far: Any, grad: Any, weight: Any, what: str) -> Any:
     return dense
 
 
+def copied(grad: Any) -> Any:
+    """A gradient that changing another one does not change."""
+    return grad.copy() if isinstance(grad, np.ndarray) else grad
+
+
 def as_dense(grad: Any) -> Any:
     """A gradient as an array."""
     return grad.to_dense() if isinstance(grad, RowSparse) else grad

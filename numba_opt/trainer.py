@@ -7,15 +7,13 @@ hyper-parameters' rows are made once and kept for as long as they hold.
 from __future__ import annotations
 
 import fnmatch
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import arguments, checkpoint, device, execution, sparse
+from . import arguments, checkpoint, device, interrupts, sparse
 from .binding import Binding
 from .kernels import ndarray
 from .optimizer import Optimizer, create
@@ -145,19 +143,24 @@ class Trainer:
         TypeError, ValueError
             A gradient does not fit; nothing has been changed.
         """
-        if self._sums is not None:
-            if grads is not None:
-                self.accumulate(grads)
-            found = self._sums
-        elif grads is None:
+        batch = arguments.number("batch_size", batch_size)
+        if not batch:
+            raise ValueError(f"batch_size must be greater than 0, got {batch_size!r}")
+        if grads is None and self._sums is None:
             raise ValueError("grads must be given, as nothing has been accumulated")
-        else:
-            found = self._in_order(grads)
-        rescale = self.optimizer.rescale_grad / arguments.number("batch_size", batch_size)
-        binding = self._binding(found)
-        if binding is not None and not binding.step(rescale):
+        found = self._unfrozen(self._in_order(grads)) if grads is not None else self._sums or []
+        if grads is not None and self._sums is not None:
+            found = self._plus([sparse.copied(total) for total in self._sums], found)
+        binding = self._binding(self._unfrozen(found))
+        if binding is None:
+            self.grad_norm = 0.0 if self._wants_norm else None
+        elif not binding.step(self.optimizer.rescale_grad / batch):
             self.skipped_steps += 1
         self._sums = None
+
+    @property
+    def _wants_norm(self) -> bool:
+        return self.clip_global_norm is not None or self.skip_nonfinite
 
     def flush(self) -> None:
         """Bring all rows up to date, before parameters that had sparse gradients are looked at.
@@ -173,29 +176,33 @@ class Trainer:
 
         Half-precision gradients of float32 weights, or of weights with a float32 copy, add up in float32.
         """
-        found = self._in_order(grads)
-        present = [t for t, grad in enumerate(found) if grad is not None]
+        found = self._unfrozen(self._in_order(grads))
         sums = list(self._sums or [None] * len(found))
+        with interrupts.held_back():
+            self._sums = self._plus(sums, found)
+
+    def _plus(self, sums: list[Any], grads: list[Any]) -> list[Any]:
+        """Sums of gradients with one more each; the arrays among them are changed, once all is checked."""
+        present = [t for t, grad in enumerate(grads) if grad is not None]
         weights = dict(zip(present, self._weights(present), strict=True))
         for t in present:
-            if sparse.is_sparse(found[t]):
+            if sparse.is_sparse(grads[t]):
                 what = f"gradient of parameter {self._names[t]!r}"
-                sums[t] = sparse.joined(sums[t], found[t], weights[t], what)
-        dense = [t for t in present if not sparse.is_sparse(found[t])]
-        added = [_like(weights[t]) if sums[t] is None else sparse.as_dense(sums[t]) for t in dense]
+                sums[t] = sparse.joined(sums[t], grads[t], weights[t], what)
+        dense = [t for t in present if not sparse.is_sparse(grads[t])]
+        for t in dense:
+            sums[t] = _like(weights[t]) if sums[t] is None else sparse.as_dense(sums[t])
 
         def label(k: int) -> str:
             return f"parameter {self._names[dense[k]]!r}"
 
-        columns = [[found[t] for t in dense], added]
-        for t, array in zip(dense, added, strict=True):
-            sums[t] = array
-        after = [partial(setattr, self, "_sums", sums)]
+        columns = [[grads[t] for t in dense], [sums[t] for t in dense]]
         if dense:
-            bound = device.bind(device.Request(columns, ("gradient", "sum"), 0, False, label))
-            execution.launch(execution.Rule(_plus, 0, False), bound, [[1, math.inf, 0]], after)
-        else:
-            self._sums = sums
+            device.bind(device.Request(columns, ("gradient", "sum"), 0, False, label))
+        with np.errstate(all="ignore"):
+            for t in dense:
+                sums[t] += device.as_array(grads[t], "gradient")
+        return sums
 
     def _in_order(self, grads: Params) -> list[Any]:
         """Gradients as a list beside the parameters, None where there is none or it is not wanted."""
@@ -204,20 +211,26 @@ class Trainer:
                 raise TypeError(f"grads must be a dict, as the parameters are, got {type(grads).__name__}")
             try:
                 found = [grads[name] for name in self._names]
+                complete = len(grads) == len(found)
             except KeyError:
                 found = [grads.get(name) for name in self._names]
-            if len(grads) > len(found) or (len(grads) < len(found) and grads.keys() - self.params.keys()):
-                first = min(grads.keys() - self.params.keys(), key=repr)
-                raise ValueError(f"grads has {first!r}, which is not a parameter")
+                complete = False
+            unknown = set() if complete else grads.keys() - self.params.keys()
+            if unknown:
+                raise ValueError(f"grads has {min(unknown, key=repr)!r}, which is not a parameter")
         else:
             if not isinstance(grads, (list, tuple)):
                 raise TypeError(f"grads must be a list, as the parameters are, got {type(grads).__name__}")
             found = list(grads)
             if len(found) != len(self._names):
                 raise ValueError(f"grads has length {len(found)}; expected {len(self._names)}, as params")
-        if self._frozen:
-            found = [None if name in self._frozen else g for name, g in zip(self._names, found, strict=True)]
         return found
+
+    def _unfrozen(self, grads: list[Any]) -> list[Any]:
+        """Gradients without those of frozen parameters."""
+        if not self._frozen:
+            return grads
+        return [None if name in self._frozen else g for name, g in zip(self._names, grads, strict=True)]
 
     def _binding(self, grads: list[Any]) -> Binding | None:
         """The parameters that have a gradient, with their gradients."""
@@ -323,7 +336,7 @@ class Trainer:
         return {
             "optimizer": checkpoint.describe(self.optimizer),
             "parameters": parameters,
-            "accumulated": {name: array for name, array in sums if array is not None},
+            "accumulated": {name: sparse.as_dense(total) for name, total in sums if total is not None},
             "skipped_steps": self.skipped_steps,
         }
 
@@ -336,7 +349,17 @@ class Trainer:
             It is of another optimizer, or of parameters with other names, shapes or dtypes; nothing has been
             changed.
         """
+        try:
+            apply = self._checked(state_dict)
+        except KeyError as error:
+            raise checkpoint.CheckpointError(f"the checkpoint lacks {error.args[0]!r}") from error
+        with interrupts.held_back():
+            apply()
+
+    def _checked(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        """What takes over a state dict that fits."""
         found = state_dict["parameters"]
+        restore = checkpoint.restorer(self.optimizer, state_dict["optimizer"])
         if list(found) != self._names:
             other = sorted(set(found) ^ set(self._names)) or list(found)
             raise checkpoint.CheckpointError(
@@ -353,15 +376,20 @@ class Trainer:
             t = self._names.index(name)
             sums[t] = _like(weights[t])
             pairs += checkpoint.pairs(sums[t], array, f"accumulated gradient of parameter {name!r}")
-        checkpoint.restore(self.optimizer, state_dict["optimizer"])
-        for mine, theirs in pairs:
-            mine[...] = theirs
         counts: dict[Any, int] = {i: entry["count"] for i, entry in enumerate(found.values())}
-        self.optimizer._index_update_count = counts
-        self.skipped_steps = state_dict["skipped_steps"]
-        self.optimizer._history.clear()
-        self._sums = sums if state_dict["accumulated"] else None
-        self._counted = ()
+        skipped = state_dict["skipped_steps"]
+
+        def apply() -> None:
+            restore()
+            for mine, theirs in pairs:
+                mine[...] = theirs
+            self.optimizer._index_update_count = counts
+            self.optimizer._history.clear()
+            self.skipped_steps = skipped
+            self._sums = sums if any(total is not None for total in sums) else None
+            self._counted = ()
+
+        return apply
 
     def save(self, path: str | Path, params: bool = True) -> None:
         """Write `state_dict` to a safetensors file, which appears whole or not at all."""
@@ -386,10 +414,6 @@ class Trainer:
             f"Trainer of {len(self._names):,} parameters{frozen}: {elements:,} elements, "
             f"{_amount(held)} of state, on the CPU\n  {self.optimizer!r}"
         )
-
-
-def _plus(weight, grad):  # type: ignore[no-untyped-def]
-    return (weight + grad,)
 
 
 def _named(params: Params) -> dict[str, Any]:

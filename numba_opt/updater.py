@@ -71,7 +71,8 @@ class Updater:
         arrays: checkpoint.Arrays = {}
         states = checkpoint.take_apart(list(map(list, self.states.items())), arrays)
         optimizer = checkpoint.describe(self.optimizer) if dump_optimizer else None
-        return checkpoint.to_bytes(arrays, {"states": states, "optimizer": optimizer})
+        values = {"states": states, "optimizer": checkpoint.take_apart(optimizer, arrays)}
+        return checkpoint.to_bytes(arrays, values)
 
     def set_states(self, states: bytes) -> None:
         """Take the states, and the optimizer's values if they are there, from `get_states`.
@@ -85,8 +86,9 @@ class Updater:
         if "states" not in values:
             raise checkpoint.CheckpointError("a checkpoint of numba_opt, but not of an Updater")
         found = {i: _owned(state) for i, state in checkpoint.put_together(values["states"], arrays)}
-        if values["optimizer"] is not None:
-            checkpoint.restore(self.optimizer, values["optimizer"])
+        optimizer = checkpoint.put_together(values["optimizer"], arrays)
+        if optimizer is not None:
+            checkpoint.restorer(self.optimizer, optimizer)()
         self.states = found
 
 
