@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import device, execution
-from .kernels import ndarray
+from . import execution
+from .kernels import ndarray, threads
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -30,10 +30,9 @@ class Binding:
         self.grads: Sequence[Any] = positions  # stands for gradients, until they come
         self.request, self.stamps = trainer._request(positions, positions)
         self.ids = ndarray.objects(self.request.columns)
-        self.found = ndarray.blank(len(self.request.columns), len(positions))
-        self.kept: execution.Work | None = None  # the tables of `found`, if they can be kept
+        self.prepared = execution.Prepared(len(self.request.columns), len(positions))
         self.groups: list[Group] = []
-        self.which = np.zeros(len(positions), np.uint64)  # each parameter's group
+        self.which = [0] * len(positions)  # each parameter's group
         self.mults: tuple[Any, ...] = ({}, {})  # the optimizer's, as of which the groups are made
 
     def step(self, rescale: float) -> bool:
@@ -49,73 +48,69 @@ class Binding:
         scale = self.scale(work, rescale)
         if scale is None:
             return False
-        self.regroup(work)
+        self.regroup()
         num_update = max(optimizer.num_update, 1 + max(group.count for group in self.groups))
         lr = optimizer._rate(num_update)
         hyper = [
             optimizer._hyper_row(scale, lr * group.lr_mult, optimizer.wd * group.wd_mult, group.count + 1)
             for group in self.groups
         ]
-        after: list[partial[Any]] = [partial(setattr, self.trainer, "_sums", None)]
-        for group in self.groups:
-            after += optimizer._counting(dict.fromkeys(group.positions, group.count + 1), num_update)
-            after.append(partial(setattr, group, "count", group.count + 1))
+        trainer = self.trainer
         counted = () if optimizer.param_dict else (self, *self.mults, num_update)
-        after.append(partial(setattr, self.trainer, "_counted", counted))
-        rule = optimizer._rule()
-        if work is self.kept:
-            execution.launch(rule, work.bound, hyper, after)
+        after = [
+            *[partial(setattr, group, "count", group.count + 1) for group in self.groups],
+            partial(setattr, optimizer, "_ahead", self.groups),
+            partial(setattr, optimizer, "num_update", num_update),
+            partial(setattr, trainer, "_counted", counted),
+            partial(setattr, trainer, "_sums", None),
+        ]
+        if work is None:
+            threads.run(self.prepared.jobs(hyper, self.which), after)
         else:
-            fused = optimizer.use_fused_step
-            execution.carry_out(rule, work, np.array(hyper), self.which, fused, after)  # type: ignore[arg-type]
+            rule, fused = optimizer._rule(), optimizer.use_fused_step
+            execution.carry_out(rule, work, np.array(hyper), self.which, fused, after)
         return True
 
-    def scale(self, work: execution.Work, rescale: float) -> float | None:
+    def scale(self, work: execution.Work | None, rescale: float) -> float | None:
         """What the gradients are to be multiplied by; None if the step is to be skipped."""
         trainer = self.trainer
         if not trainer._wants_norm:
             return rescale
-        trainer.grad_norm = norm = execution.gradient_norm(work, self.grads) * abs(rescale)
+        tables = self.prepared.tables if work is None else work.bound.tables
+        norm = execution.gradient_norm(tables, work, self.grads) * abs(rescale)
+        trainer.grad_norm = norm
         if not math.isfinite(norm):
             return None if trainer.skip_nonfinite else rescale
         if trainer.clip_global_norm is not None and norm > trainer.clip_global_norm:
             return rescale * trainer.clip_global_norm / norm
         return rescale
 
-    def bind(self) -> execution.Work:
-        """The tables with the gradients in them; made anew only where an array has moved."""
+    def bind(self) -> execution.Work | None:
+        """Get hold of the arrays: None if all are plain and `prepared` has them, else all about them."""
         request, optimizer = self.request, self.trainer.optimizer
-        if optimizer.use_fused_step and not self.stamps and ndarray.readable():
-            answer = ndarray.survey(
-                self.ids, ndarray.known(), ndarray.NONE, request.n_state, request.per_row, *self.found
-            )
-            if answer == ndarray.SAME and self.kept is not None:
-                return self.kept
-            self.kept = None
-            if answer != ndarray.STRANGE and device.fit(self.found, request.n_state):
-                tables = device.tables(self.found, request.n_state)
-                self.kept = execution.Work(device.Bound(tables, self.found, request.columns, []), {}, {}, {})
-                execution.number(tables, self.which)
-                return self.kept
+        plain = optimizer.use_fused_step and not self.stamps and ndarray.readable()
+        if plain and self.prepared.take(self.ids, request, optimizer._rule()):
+            return None
         request = request._replace(columns=[self.grads, *request.columns[1:]])
         return optimizer._assemble(*optimizer._take_sparse(request), self.stamps, self.positions)
 
-    def regroup(self, work: execution.Work) -> None:
+    def regroup(self) -> None:
         """Sort the parameters by what their hyper-parameters depend on, unless that is done already."""
         optimizer = self.trainer.optimizer
         now = (self, optimizer.lr_mult, optimizer.wd_mult, optimizer.num_update)
         if self.trainer._counted == now and not optimizer.param_dict:
             return
         groups: dict[tuple[float, float, int], Group] = {}
-        for k, t in enumerate(self.positions):
-            count = optimizer._index_update_count.get(t, optimizer.begin_num_update)
+        counts = optimizer._index_update_count
+        which = []
+        for t in self.positions:
+            count = counts.get(t, optimizer.begin_num_update)
             key = (optimizer._multiplier(t, "lr_mult"), optimizer._multiplier(t, "wd_mult"), count)
             group = groups.setdefault(key, Group(*key, number=len(groups), positions=[]))
             group.positions.append(t)
-            self.which[k] = group.number
-        self.groups = list(groups.values())
+            which.append(group.number)
+        self.groups, self.which = list(groups.values()), which
         self.mults = (dict(optimizer.lr_mult), dict(optimizer.wd_mult))
-        execution.number(work.bound.tables, self.which)
 
 
 @dataclass

@@ -266,7 +266,8 @@ def restorer(optimizer: Optimizer, found: Mapping[str, Any]) -> Callable[[], Non
     attributes |= {
         "lr": None if scheduler is not None else fresh.lr,
         "num_update": found["num_update"],
-        "_index_update_count": dict(found["counts"]),
+        "_counts": dict(found["counts"]),
+        "_ahead": (),
         "lr_mult": dict(found["lr_mult"]),
         "wd_mult": dict(found["wd_mult"]),
     }

@@ -54,18 +54,27 @@ class Request(NamedTuple):
     """The arrays of one call and what is asked of them.
 
     `columns` holds the gradients, the weights and each state, every column of the same length, and perhaps
-    the half-precision copies of the weights, None for a weight that has none; `names` says what a column
-    holds and `label` what the parameter at a position is called, for the errors. With `per_row`, weights
-    are matrices and a state has the shape ``(rows, 1)``. A gradient that is None comes another way: `apart`
-    then has the arrays that hold it, by position, which must not share memory with what is written.
+    the half-precision copies of the weights, None for a weight that has none; `label` says what the parameter
+    at a position is called, for the errors. With `per_row`, weights are matrices and a state has the shape
+    ``(rows, 1)``. A gradient that is None comes another way: `apart` then has the arrays that hold it, by
+    position, which must not share memory with what is written.
     """
 
     columns: Columns
-    names: Sequence[str]
-    n_state: int
+    states: Sequence[str]  # their names
     per_row: bool
     label: Callable[[int], str]
     apart: Mapping[int, Sequence[np.ndarray]] = {}
+
+    @property
+    def n_state(self) -> int:
+        """How many states a weight has."""
+        return len(self.states)
+
+    def names(self) -> list[str]:
+        """What each column holds."""
+        states = [f"state {name!r}" for name in self.states]
+        return ["gradient", "weight", *states, "half-precision weight"][: len(self.columns)]
 
 
 def bind(request: Request) -> Bound:
@@ -177,7 +186,8 @@ def _type(value: Any) -> str:
 
 def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarray, np.ndarray]]]:
     """The columns as arrays that a kernel can take, and what stands in for others; all of it checked."""
-    columns, names, n_state, per_row, label, apart = request
+    columns, _, per_row, label, apart = request
+    names, n_state = request.names(), request.n_state
 
     def may_lack(c: int, t: int) -> bool:
         return c == 2 + n_state or (c == 0 and t in apart)

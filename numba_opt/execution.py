@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import device, interrupts
-from .kernels import cpu, threads
+from .kernels import cpu, ndarray, threads
 from .kernels.elements import prepare
 from .sparse import Parts
 
@@ -34,17 +34,17 @@ class History:
     them is room for the step that is being made.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, real: np.dtype) -> None:
         self.recorded = 0
-        self._rows = np.zeros((16, length))
+        self._rows = np.zeros((16, length), real)
         self._trim_at = 256
 
-    def with_current(self, row: Sequence[float], dtype: np.dtype) -> np.ndarray:
+    def with_current(self, row: Sequence[float]) -> np.ndarray:
         """The recorded steps' hyper-parameters and those of the step that is being made."""
         if self.recorded == len(self._rows):
             self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
         self._rows[self.recorded] = row
-        return self._rows[: self.recorded + 1].astype(dtype)
+        return self._rows[: self.recorded + 1]
 
     def rows(self) -> np.ndarray:
         """The recorded steps' hyper-parameters."""
@@ -97,14 +97,16 @@ def carry_out(
     if fused and not work.histories:
         jobs = _row_jobs(rule, work, hyper, which) if work.parts else []
         number(work.bound.tables, which)
-        launch(rule, work.bound, hyper, after, jobs)
+        jobs += dense_jobs(launches(rule, work.bound.tables), hyper)
+        threads.run(jobs, [*work.bound.write_back(), *after])
         return
     with interrupts.held_back():
         if fused:
             jobs = [_catch_up(rule, work, t) for t in work.lagging()]
             jobs += _row_jobs(rule, work, hyper, which)
             number(work.bound.tables, which)
-            launch(rule, work.bound, hyper, after, jobs)
+            jobs += dense_jobs(launches(rule, work.bound.tables), hyper)
+            threads.run(jobs, [*work.bound.write_back(), *after])
         else:
             on_arrays(rule, work, hyper, which)
             threads.run([], [*work.bound.write_back(), *after])
@@ -118,16 +120,75 @@ def number(tables: Sequence[device.Table], which: Any) -> None:
         table.addresses[:, -1] = which[table.members]
 
 
-def launch(
-    rule: Rule, bound: device.Bound, hyper: Any, after: After, jobs: Sequence[threads.Job] = ()
-) -> None:
-    """Run jobs, then the rule over tables, all of whose kernels are there before the first one writes."""
-    jobs = list(jobs)
-    for table in bound.tables:
-        kernel = cpu.dense(*rule, table.layout)
-        rows = np.array(hyper, cpu.compute_dtype(table.layout.split()[1]))
-        jobs.append((kernel, (table.addresses, table.offsets, rows), table.elements))
-    threads.run(jobs, [*bound.write_back(), *after])
+class Launch(NamedTuple):
+    """A table's kernel and all that it gets but for hyper-parameters."""
+
+    kernel: Any
+    addresses: np.ndarray
+    offsets: np.ndarray
+    elements: int
+    real: np.dtype
+
+
+def launches(rule: Rule, tables: Sequence[device.Table]) -> list[Launch]:
+    """The kernels for some tables, compiled."""
+    return [
+        Launch(
+            cpu.dense(*rule, table.layout),
+            table.addresses,
+            table.offsets,
+            table.elements,
+            cpu.compute_dtype(table.layout.split()[1]),
+        )
+        for table in tables
+    ]
+
+
+def dense_jobs(prepared: Sequence[Launch], hyper: Any) -> list[threads.Job]:
+    """Kernel calls with these rows of hyper-parameters."""
+    return [
+        (kernel, (addresses, offsets, np.array(hyper, real)), elements)
+        for kernel, addresses, offsets, elements, real in prepared
+    ]
+
+
+class Prepared:
+    """Tables of plain arrays with their kernels, kept from one call to the next.
+
+    It holds addresses and no arrays: every call reads them anew from the array objects that it is given.
+    """
+
+    def __init__(self, columns: int, tensors: int) -> None:
+        self.found = ndarray.blank(columns, tensors)
+        self.tables: list[device.Table] = []
+        self.launches: list[Launch] = []  # empty while the tables are not of use
+        self.which: Any = ()
+
+    def take(self, ids: np.ndarray, request: device.Request, rule: Rule) -> bool:
+        """Bring the tables to where these arrays are; False if any of them needs a closer look."""
+        found, n_state = self.found, request.n_state
+        answer = ndarray.survey(ids, ndarray.known(), ndarray.NONE, n_state, request.per_row, *found)
+        if self.launches and answer == ndarray.SAME:
+            return True
+        if self.launches and answer == ndarray.MOVED and not ndarray.overlapping(found):
+            if len(self.tables) > 1:  # else its addresses are those of `found`
+                for table in self.tables:
+                    table.addresses[:, :-2] = found.addresses[table.members, :-2]
+            return True
+        self.launches = []
+        if answer == ndarray.STRANGE or not device.fit(found, n_state):
+            return False
+        self.tables = device.tables(found, n_state)
+        self.launches = launches(rule, self.tables)
+        self.which = ()
+        return True
+
+    def jobs(self, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
+        """The kernel calls of a step."""
+        if which is not self.which and which != self.which:
+            number(self.tables, which)
+            self.which = which
+        return dense_jobs(self.launches, hyper)
 
 
 def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
@@ -149,10 +210,7 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[
             row = 0 if exact else int(which[t])
             entries.append([*head, stamps, recorded, *_own(rule, layout, arrays), row])
             elements.append(elements[-1] + len(parts.rows) * int(arrays[-2]))
-        if own is None:
-            rows = np.array(hyper, real)
-        else:
-            rows = work.histories[own].with_current(hyper[which[own]], real)
+        rows = np.array(hyper, real) if own is None else work.histories[own].with_current(hyper[which[own]])
         kernel = cpu.rows(*rule, layout, form, exact)
         table = np.array(entries, np.uint64)
         jobs.append((kernel, (table, np.array(elements, np.int64), rows), elements[-1]))
@@ -165,8 +223,8 @@ def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
     entry = [0, 0, 0, 0, work.stamps[t].ctypes.data, history.recorded, *_own(rule, layout, arrays), 0]
     elements = int(work.bound.found.sizes[t])
     kernel = cpu.rows(*rule, layout, "none", True)
-    rows = history.rows().astype(cpu.compute_dtype(layout.split()[0]))
-    return kernel, (np.array([entry], np.uint64), np.array([0, elements], np.int64), rows), elements
+    table, offsets = np.array([entry], np.uint64), np.array([0, elements], np.int64)
+    return kernel, (table, offsets, history.rows()), elements
 
 
 def _layout(work: Work, t: int) -> str:
@@ -197,7 +255,7 @@ def on_arrays(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> None:
         _apply_to_rows(rule, touched, values, weight, rest, row)
         if t in work.stamps:
             work.stamps[t][touched] = work.histories[t].recorded + 1
-            work.histories[t].with_current(row, np.dtype(np.float64))
+            work.histories[t].with_current(row)
 
 
 def _catch_up_arrays(rule: Rule, work: Work, t: int, weight: np.ndarray, rest: Sequence[Any]) -> None:
@@ -251,17 +309,18 @@ def flush(rule: Rule, work: Work, fused: bool) -> None:
         work.settle()
 
 
-def gradient_norm(work: Work, grads: Sequence[Any]) -> float:
+def gradient_norm(tables: Sequence[device.Table], work: Work | None, grads: Sequence[Any]) -> float:
     """The root of the sum of the squares of all gradients, in double precision.
 
     Each chunk's sum is taken by whichever thread comes by and all of them are added in order, so that the
     norm is the same to the bit for any number of threads.
     """
+    parts = work.parts if work is not None else {}
     blocks = [
-        (parts.data if parts.starts is None else parts.summed(work.bound.arrays[1][t])[1])
-        for t, parts in work.parts.items()
+        part.data if part.starts is None else part.summed(work.bound.arrays[1][t])[1]  # type: ignore[union-attr]
+        for t, part in parts.items()
     ]
-    jobs = [(t.layout.split()[0], t.addresses, t.offsets) for t in work.bound.tables]
+    jobs = [(t.layout.split()[0], t.addresses, t.offsets) for t in tables]
     for block in blocks:
         address = np.array([[block.ctypes.data, 0, 0]], np.uint64)
         jobs.append((device.code_of(block.dtype), address, np.array([0, block.size], np.int64)))
@@ -272,7 +331,7 @@ def gradient_norm(work: Work, grads: Sequence[Any]) -> float:
         total += float(partial.sum())
     if 1e-290 < total < math.inf:  # else squares may have left the range of double precision
         return math.sqrt(total)
-    dense = [device.as_array(g, "gradient") for t, g in enumerate(grads) if t not in work.parts]
+    dense = [device.as_array(g, "gradient") for t, g in enumerate(grads) if t not in parts]
     return _careful_norm([array.astype(np.float64) for array in (*dense, *blocks)])
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 
 from . import arguments, device, execution, sparse
+from .kernels import ndarray, threads
 from .lr_scheduler import LRScheduler
 
 __all__ = ["Optimizer", "create", "register"]
@@ -146,7 +147,8 @@ class Optimizer:
         self._join(lr_scheduler)
         self.begin_num_update = arguments.count("begin_num_update", begin_num_update, 0)
         self.num_update = self.begin_num_update
-        self._index_update_count: dict[Index, int] = {}
+        self._counts: dict[Index, int] = {}
+        self._ahead: Sequence[Any] = ()  # groups of parameters that have a newer count together
         self.multi_precision = bool(multi_precision)
         if aggregate_num is not None and aggregate_num != math.inf:
             arguments.count("aggregate_num", aggregate_num, 1)  # type: ignore[arg-type]
@@ -164,6 +166,7 @@ class Optimizer:
         self.lr_mult: dict[Index, float] = {}
         self.wd_mult: dict[Index, float] = {}
         self._history: dict[Index, execution.History] = {}
+        self._prepared: list[Any] = []
 
     def _join(self, scheduler: Any) -> None:
         """Let the learning rate and a scheduler agree about the base."""
@@ -253,6 +256,18 @@ class Optimizer:
             return multipliers[index]
         return multipliers.get(self.idx2name[index], 1.0) if index in self.idx2name else 1.0
 
+    @property
+    def _index_update_count(self) -> dict[Index, int]:
+        """The number of updates of each parameter."""
+        for group in self._ahead:
+            self._counts.update(dict.fromkeys(group.positions, group.count))
+        self._ahead = ()
+        return self._counts
+
+    @_index_update_count.setter
+    def _index_update_count(self, counts: dict[Index, int]) -> None:
+        self._counts, self._ahead = counts, ()
+
     def _get_lr(self, index: Index) -> float:
         """The learning rate of one parameter, as MXNet's subclasses ask for it in their own `step`."""
         return self.learning_rate * self._multiplier(index, "lr_mult")
@@ -264,8 +279,9 @@ class Optimizer:
     def _update_count(self, index: Index | Sequence[Index]) -> None:
         """Count an update of one parameter or of several."""
         for i in index if isinstance(index, (list, tuple)) else [index]:
-            self._index_update_count[i] = self._index_update_count.get(i, self.begin_num_update) + 1
-            self.num_update = max(self.num_update, self._index_update_count[i])
+            count = self._index_update_count.get(i, self.begin_num_update) + 1
+            self._index_update_count[i] = count
+            self.num_update = max(self.num_update, count)
 
     # ---------------------------------------------------------------- states
 
@@ -334,15 +350,13 @@ class Optimizer:
         TypeError, ValueError
             An argument does not fit; nothing has been changed.
         """
-        work, plan = self._begin(indices, weights, grads, states)
-        self._finish(work, plan, fused=False)
+        self._step(indices, weights, grads, states, masters=False, fused=False)
 
     def fused_step(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
     ) -> None:
         """Update the weights in one compiled pass over all of them. Arguments and errors as in `step`."""
-        work, plan = self._begin(indices, weights, grads, states)
-        self._finish(work, plan, fused=True)
+        self._step(indices, weights, grads, states, masters=False, fused=True)
 
     def update(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
@@ -359,8 +373,7 @@ class Optimizer:
         """
         if not self.multi_precision:
             return self.update(indices, weights, grads, states)
-        work, plan = self._begin(indices, weights, grads, states, masters=True)
-        return self._finish(work, plan, self.use_fused_step)
+        return self._step(indices, weights, grads, states, masters=True, fused=self.use_fused_step)
 
     def flush(self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]) -> None:
         """Bring all rows up to date, before weights that had sparse gradients are looked at.
@@ -375,41 +388,55 @@ class Optimizer:
             work = self._assemble(request, {}, stamps, indices)
             execution.flush(self._rule(), work, self.use_fused_step)
 
-    def _begin(
-        self,
-        indices: Sequence[Index],
-        weights: Sequence[Any],
-        grads: Sequence[Any],
-        states: Sequence[Any],
-        masters: bool = False,
-    ) -> tuple[execution.Work, Plan]:
-        """Check everything and work out the numbers of a step; changes nothing."""
-        self._check_lengths(indices, weights, grads, states)
-        return self._work(indices, weights, grads, states, masters), self._plan(indices)
-
-    def _finish(self, work: execution.Work, plan: Plan, fused: bool) -> None:
-        """Make the step, and count it."""
-        after = self._counting(plan.counts, plan.num_update)
-        execution.carry_out(self._rule(), work, plan.hyper, plan.which, fused, after)
-
-    def _counting(self, counts: dict[Index, int], num_update: int) -> list[partial[Any]]:
-        """What counts a step."""
-        return [
-            partial(self._index_update_count.update, counts),
-            partial(setattr, self, "num_update", num_update),
-        ]
-
-    def _work(
+    def _step(
         self,
         indices: Sequence[Index],
         weights: Sequence[Any],
         grads: Sequence[Any],
         states: Sequence[Any],
         masters: bool,
-    ) -> execution.Work:
-        """The arrays of a call, checked, as they are executed on."""
+        fused: bool,
+    ) -> None:
+        """Check everything, work out the numbers, make the step and count it."""
+        self._check_lengths(indices, weights, grads, states)
         request, stamps = self._request(indices, weights, grads, states, masters)
-        return self._assemble(*self._take_sparse(request), stamps, indices)
+        if fused and not stamps and self._quick_step(request, indices):
+            return
+        work = self._assemble(*self._take_sparse(request), stamps, indices)
+        plan = self._plan(indices)
+        execution.carry_out(self._rule(), work, plan.hyper, plan.which, fused, self._counting(plan))
+
+    def _quick_step(self, request: device.Request, indices: Sequence[Index]) -> bool:
+        """The step if all arrays are plain; False, and nothing done, if any needs a closer look."""
+        if not indices or not ndarray.readable():
+            return False
+        rule, size = self._rule(), (len(request.columns), len(indices))
+        try:  # whoever takes it has it alone: other threads may use this optimizer
+            kept, prepared = self._prepared.pop()
+        except IndexError:
+            kept = None
+        if kept != (rule, size):
+            prepared = execution.Prepared(*size)
+        if not prepared.take(ndarray.objects(request.columns), request, rule):
+            return False
+        plan = self._plan(indices)
+        threads.run(prepared.jobs(plan.hyper, plan.which), self._counting(plan))
+        self._prepared.append(((rule, size), prepared))
+        return True
+
+    def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """What `update_multi_precision` would refuse, refused; nothing is changed."""
+        self._check_lengths(indices, weights, grads, states)
+        request, stamps = self._request(indices, weights, grads, states, self.multi_precision)
+        self._assemble(*self._take_sparse(request), stamps, indices)
+        self._plan(indices)
+
+    def _counting(self, plan: Plan) -> list[partial[Any]]:
+        """What counts a step."""
+        return [
+            partial(self._index_update_count.update, plan.counts),
+            partial(setattr, self, "num_update", plan.num_update),
+        ]
 
     def _assemble(
         self,
@@ -423,9 +450,15 @@ class Optimizer:
         for t, marks in stamps.items():
             height = bound.arrays[1][t].shape[:1] or (1,)
             device.check_stamps(marks, f"stamps of {request.label(t)}", height)
-        length = 3 + len(self.hyper(0.0, 1)) if stamps else 0
-        histories = {t: self._history.setdefault(indices[t], execution.History(length)) for t in stamps}
+        histories = {t: self._history_of(indices[t], bound.arrays[1][t].dtype) for t in stamps}
         return execution.Work(bound, parts, stamps, histories)
+
+    def _history_of(self, index: Index, dtype: np.dtype) -> execution.History:
+        """The steps that some rows of a parameter have yet to take."""
+        if index not in self._history:
+            real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+            self._history[index] = execution.History(3 + len(self.hyper(0.0, 1)), real)
+        return self._history[index]
 
     def _take_sparse(self, request: device.Request) -> tuple[device.Request, dict[int, sparse.Parts]]:
         """A request without its sparse gradients, and those."""
@@ -456,12 +489,10 @@ class Optimizer:
         masters: bool,
     ) -> tuple[device.Request, dict[int, Any]]:
         """The arrays of a call in the order that kernels take them, and the rows' stamps by position."""
-        names = ["gradient", "weight", *(f"state {name!r}" for name in self.state_names)]
         copies: list[list[Any]] = []
         stamps: dict[int, Any] = {}
         if masters:
             weights, states, copy = self._masters(indices, weights, states)
-            names.append("half-precision weight")
             copies.append(copy)
         if self.sparse_update == "exact":
             for index, state in zip(indices, states, strict=True):
@@ -475,7 +506,7 @@ class Optimizer:
         def label(t: int) -> str:
             return self._label(indices[t])
 
-        return device.Request(columns, names, len(self.state_names), self.per_row, label), stamps
+        return device.Request(columns, self.state_names, self.per_row, label), stamps
 
     def _masters(
         self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]
@@ -531,9 +562,10 @@ class Optimizer:
         lr = None
         rows: dict[tuple[float, float, int], int] = {}  # different ones are few
         which = []
+        known = self._index_update_count
         alike = not (self.param_dict or self.lr_mult or self.wd_mult)
         for index in indices:
-            t = counts[index] = self._index_update_count.get(index, self.begin_num_update) + 1
+            t = counts[index] = known.get(index, self.begin_num_update) + 1
             if lr is None or t > num_update:  # as in MXNet, a parameter's count includes those before it
                 num_update = max(num_update, t)
                 lr = self._rate(num_update)
@@ -580,10 +612,11 @@ class Optimizer:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "param_dict"}  # objects of the program
+        gone = ("param_dict", "_prepared")  # objects of the program, and addresses of this process
+        return {k: v for k, v in vars(self).items() if k not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, param_dict={})
+        vars(self).update(state, param_dict={}, _prepared=[])
 
 
 def _multipliers(name: str, given: Mapping[Any, float]) -> dict[Index, float]:

@@ -198,7 +198,7 @@ class Trainer:
 
         columns = [[grads[t] for t in dense], [sums[t] for t in dense]]
         if dense:
-            device.bind(device.Request(columns, ("gradient", "sum"), 0, False, label))
+            device.bind(device.Request(columns, (), False, label))
         with np.errstate(all="ignore"):
             for t in dense:
                 sums[t] += device.as_array(grads[t], "gradient")
@@ -383,7 +383,7 @@ class Trainer:
             restore()
             for mine, theirs in pairs:
                 mine[...] = theirs
-            self.optimizer._index_update_count = counts
+            self.optimizer._counts = counts
             self.optimizer._history.clear()
             self.skipped_steps = skipped
             self._sums = sums if any(total is not None for total in sums) else None

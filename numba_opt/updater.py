@@ -60,7 +60,7 @@ class Updater:
         states = [fresh[i] if i in fresh else self.states[i] for i in indices]
         step = len(indices) if self.optimizer.aggregate_num == math.inf else int(self.optimizer.aggregate_num)
         if step < len(indices):  # check the whole call before its first part is carried out
-            self.optimizer._begin(indices, weights, grads, states, self.optimizer.multi_precision)
+            self.optimizer._check(indices, weights, grads, states)
         for first in range(0, len(indices), max(step, 1)):
             part = slice(first, first + step)
             self.optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])

@@ -498,6 +498,9 @@ def test_half_precision_rounds_as_numpy_does(half, path, data):
     row = table.row("nag-plain")
     bits = np.array(data.draw(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=64)), np.uint16)
     weight = bits.view(half)
+    weight[np.isinf(weight.astype("f4"))] = (
+        0  # weight decay is 0 times the weight: NaN for infinity, as in MXNet
+    )
     kept = weight.astype("f4")
     call = table.Call([0], [weight], [np.zeros_like(weight)], [None])
     getattr(table.build(row), path)(*call)

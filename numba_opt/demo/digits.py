@@ -60,8 +60,7 @@ def run(out: Path, epochs: int | None = None, quiet: bool = False) -> dict[str, 
     print(f"{'optimizer':<14}{'final loss':>12}{'test accuracy':>16}{'us per step':>14}")
     results = {}
     for name, rate in RATES.items():
-        optimizer = numba_opt.create(name, learning_rate=rate, aggregate_num=math.inf)
-        found = results[name] = train(optimizer, training, test, epochs or EPOCHS, quiet)
+        found = results[name] = train(name, rate, training, test, epochs or EPOCHS, quiet)
         print(f"{name:<14}{found.losses[-1]:12.4f}{found.accuracy:16.3f}{found.seconds * 1e6:14.1f}")
     path = out / "digits.png"
     plot({name: found.losses for name, found in results.items()}, path)
@@ -79,19 +78,19 @@ def load() -> tuple[Data, Data]:
 
 
 def train(
-    optimizer: numba_opt.Optimizer, training: Data, test: Data, epochs: int, quiet: bool = False
+    optimizer: str, rate: float, training: Data, test: Data, epochs: int, quiet: bool = False
 ) -> Result:
     """Train a network from the same beginning, whatever the optimizer."""
     rng = np.random.default_rng(1)
     weights = network()
-    updater = numba_opt.get_updater(optimizer)
+    trainer = numba_opt.Trainer(weights, optimizer, learning_rate=rate)
     losses, seconds = [loss(weights, training)], []
-    for _ in tqdm(range(epochs), type(optimizer).__name__, leave=False, disable=quiet or None):
+    for _ in tqdm(range(epochs), optimizer, leave=False, disable=quiet or None):
         order = rng.permutation(len(training.images))
         for batch in np.array_split(order, len(order) // BATCH):
             gradients = backward(weights, training.images[batch], training.digits[batch])
             began = time.perf_counter()
-            updater([0, 1], gradients, weights)
+            trainer.step(gradients)
             seconds.append(time.perf_counter() - began)
         losses.append(loss(weights, training))
     right = forward(weights, test.images)[-1].argmax(axis=1) == test.digits

@@ -1,7 +1,7 @@
 """Embeddings of the words that programmers write: skip-gram with negative sampling, by GroupAdaGrad.
 
 The text is the source of Python's own standard library, found on every machine. A batch touches only some
-rows of the two tables of vectors, so a gradient is kept as the numbers of those rows and a block of values.
+rows of the two tables of vectors, often more than once, so a gradient is a `numba_opt.RowSparse`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import csc_array
 from scipy.special import expit
 from tqdm import tqdm
 
@@ -46,13 +45,6 @@ class Text(NamedTuple):
     numbers: np.ndarray
     words: list[str]
     counts: np.ndarray
-
-
-class Gradient(NamedTuple):
-    """The rows of a table's gradient that are not zero."""
-
-    rows: np.ndarray  # in order, all different
-    values: np.ndarray  # one row for each
 
 
 def run(epochs: int | None = None, quiet: bool = False, root: Path | None = None) -> dict[str, list[str]]:
@@ -128,8 +120,7 @@ def train(text: Text, epochs: int, quiet: bool = False) -> tuple[np.ndarray, lis
     rng = np.random.default_rng(0)
     shape = (len(text.words), SIZE)
     tables = [rng.uniform(-0.5 / SIZE, 0.5 / SIZE, shape).astype(np.float32), np.zeros(shape, np.float32)]
-    optimizer = numba_opt.GroupAdaGrad(learning_rate=RATE)
-    states = [optimizer.create_state(index, table) for index, table in enumerate(tables)]
+    trainer = numba_opt.Trainer(tables, "groupadagrad", learning_rate=RATE)
     chances = np.cumsum(text.counts**0.75)
     losses = []
     for epoch in range(epochs):
@@ -141,8 +132,7 @@ def train(text: Text, epochs: int, quiet: bool = False) -> tuple[np.ndarray, lis
         ):
             noise = np.searchsorted(chances, rng.uniform(0, chances[-1], NOISE))
             loss, gradients = skip_gram(tables, words, contexts, noise)
-            for index, gradient in enumerate(gradients):
-                update(optimizer, index, tables[index], gradient, states[index])
+            trainer.step(gradients)
             total += loss
         losses.append(total / len(batches))
     return tables[0], losses
@@ -150,7 +140,7 @@ def train(text: Text, epochs: int, quiet: bool = False) -> tuple[np.ndarray, lis
 
 def skip_gram(
     tables: list[np.ndarray], words: np.ndarray, contexts: np.ndarray, noise: np.ndarray
-) -> tuple[float, list[Gradient]]:
+) -> tuple[float, list[numba_opt.RowSparse]]:
     """The loss of telling words' true contexts from noise, and its gradient for each table."""
     vectors, true, false = tables[0][words], tables[1][contexts], tables[1][noise]
     weight = np.float32(NEGATIVES / len(noise))
@@ -161,27 +151,9 @@ def skip_gram(
     d_vectors = d_true * true + d_false @ false
     d_contexts = np.concatenate([d_true * vectors, d_false.T @ vectors])
     return float(loss), [
-        sum_rows(words, d_vectors),
-        sum_rows(np.concatenate([contexts, noise]), d_contexts),
+        numba_opt.RowSparse(words, d_vectors, tables[0].shape),
+        numba_opt.RowSparse(np.concatenate([contexts, noise]), d_contexts, tables[1].shape),
     ]
-
-
-def sum_rows(rows: np.ndarray, values: np.ndarray) -> Gradient:
-    """A gradient from rows in any order, of which the same may come often."""
-    different, position = np.unique(rows, return_inverse=True)
-    ones, starts = np.ones(len(rows), values.dtype), np.arange(len(rows) + 1)
-    adder = csc_array((ones, position, starts), shape=(len(different), len(rows)))
-    return Gradient(different, adder @ values)
-
-
-def update(
-    optimizer: numba_opt.Optimizer, index: int, table: np.ndarray, gradient: Gradient, history: np.ndarray
-) -> None:
-    """Update the rows of a table that the gradient has, and their states; all others stay as they are."""
-    rows, values = gradient
-    weight, state = table[rows], history[rows]
-    optimizer.update([index], [weight], [values], [state])
-    table[rows], history[rows] = weight, state
 
 
 def neighbours(vectors: np.ndarray, words: Sequence[str], word: str, count: int = 7) -> list[str]:

@@ -35,7 +35,7 @@ SIZES = (4, 8, 2, 2)
 ABSENT = 15  # in place of an array that a tensor does not have
 BITS = 4  # of each number, in the code of a tensor's arrays
 
-SAME, CHANGED, STRANGE = 0, 1, 2  # what `survey` says
+SAME, MOVED, CHANGED, STRANGE = range(4)  # what `survey` says
 
 uint64, int64, int32 = np.uint64, np.int64, np.int32
 
@@ -85,8 +85,8 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
     """Read the arrays of a call into a `Survey`, and say whether that changed it.
 
     `objects` holds the ids of array objects, one row each for the gradients, the weights, each state and
-    perhaps for copies of the weights, where `none` is the id of an absent one. The answer is SAME, CHANGED,
-    or STRANGE if any array is not plain or has another shape than it should.
+    perhaps for copies of the weights, where `none` is the id of an absent one. The answer is SAME; MOVED if
+    only addresses changed; CHANGED; or STRANGE if any array is not plain or has another shape than it should.
     """
     columns, tensors = objects.shape
     answer = SAME
@@ -122,7 +122,7 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
                 return STRANGE
             if addresses[t, c] != field(array, DATA):
                 addresses[t, c] = field(array, DATA)
-                answer = CHANGED
+                answer = max(answer, MOVED)
             bytes[t, c] = held * SIZES[kind]
             code |= kind << (BITS * c)
         if codes[t] != code or sizes[t] != size:

@@ -52,13 +52,14 @@ def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
     steps: list[partial[Any]] = []
     for kernel, args, elements in jobs:
         progress = np.zeros(2, np.int64)  # chunks claimed, chunks done
-        chunks = -(-elements // CHUNK)
         call = partial(kernel, *args, progress)
-        helpers = _ready(min(count(), chunks) - 1) if elements >= SHARED else 0
+        if elements < SHARED:
+            steps.append(call)
+            continue
+        chunks = -(-elements // CHUNK)
+        helpers = _ready(min(count(), chunks) - 1)
         steps += [partial(_jobs.put, call)] * helpers
-        steps.append(call)
-        if helpers:
-            steps.append(partial(finished, progress, chunks))
+        steps += [call, partial(finished, progress, chunks)]
     steps += afterwards
     collections.deque(map(partial.__call__, steps), maxlen=0)
 
