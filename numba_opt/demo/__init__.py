@@ -38,7 +38,7 @@ def run(part: str = "all", out: str | Path = "demo", epochs: int | None = None, 
         raise ValueError(f"part must be one of {', '.join(PARTS)} or all, got {part!r}")
     if epochs is not None:
         arguments.count("epochs", epochs, 1)
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     from .digits import run as digits
     from .words import run as words
