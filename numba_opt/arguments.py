@@ -32,8 +32,8 @@ def number(
     below: float = math.inf,
 ) -> float:
     """`value` as a finite float, with ``minimum <= value <= maximum`` and ``value < below``."""
-    if type(value) in (float, int) and minimum <= value <= maximum and -math.inf < value < below:  # type: ignore[operator]
-        return float(value)  # type: ignore[arg-type]  # most are like this, and steps ask often
+    if type(value) is float and minimum <= value <= maximum and -math.inf < value < below:
+        return value  # most are, and steps ask often
     limits = {
         (0, math.inf, math.inf): " >= 0",
         (-math.inf, math.inf, math.inf): "",

@@ -417,12 +417,14 @@ class Optimizer:
             kept = None
         if kept != (rule, size):
             prepared = execution.Prepared(*size)
-        if not prepared.take(ndarray.objects(request.columns), request, rule):
-            return False
-        plan = self._plan(indices)
-        threads.run(prepared.jobs(plan.hyper, plan.which), self._counting(plan))
-        self._prepared.append(((rule, size), prepared))
-        return True
+        try:
+            if not prepared.take(ndarray.objects(request.columns), request, rule):
+                return False
+            plan = self._plan(indices)
+            threads.run(prepared.jobs(plan.hyper, plan.which), self._counting(plan))
+            return True
+        finally:
+            self._prepared.append(((rule, size), prepared))
 
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """What `update_multi_precision` would refuse, refused; nothing is changed."""
@@ -557,25 +559,28 @@ class Optimizer:
 
     def _plan(self, indices: Sequence[Index]) -> Plan:
         """The counts and hyper-parameters of the next update of some parameters; changes nothing."""
+        known = self._index_update_count
+        alike = not (self.param_dict or self.lr_mult or self.wd_mult)
+        if alike and len(before := set(map(known.get, indices))) == 1:  # the usual case, and quick
+            t = (before.pop() or self.begin_num_update) + 1
+            num_update = max(self.num_update, t)
+            hyper = np.array([self._hyper_row(self.rescale_grad, self._rate(num_update), self.wd, t)])
+            return Plan(dict.fromkeys(indices, t), num_update, hyper, [0] * len(indices))
         counts: dict[Index, int] = {}
         num_update = self.num_update
         lr = None
         rows: dict[tuple[float, float, int], int] = {}  # different ones are few
         which = []
-        known = self._index_update_count
-        alike = not (self.param_dict or self.lr_mult or self.wd_mult)
         for index in indices:
             t = counts[index] = known.get(index, self.begin_num_update) + 1
             if lr is None or t > num_update:  # as in MXNet, a parameter's count includes those before it
                 num_update = max(num_update, t)
                 lr = self._rate(num_update)
-            key = (lr, self.wd, t)
-            if not alike:
-                key = (
-                    lr * self._multiplier(index, "lr_mult"),
-                    self.wd * self._multiplier(index, "wd_mult"),
-                    t,
-                )
+            key = (
+                lr * self._multiplier(index, "lr_mult"),
+                self.wd * self._multiplier(index, "wd_mult"),
+                t,
+            )
             which.append(rows.setdefault(key, len(rows)))
         hyper = np.array([self._hyper_row(self.rescale_grad, lr, wd, t) for lr, wd, t in rows], np.float64)
         return Plan(counts, num_update, hyper, which)

@@ -143,7 +143,7 @@ class Trainer:
         TypeError, ValueError
             A gradient does not fit; nothing has been changed.
         """
-        batch = arguments.number("batch_size", batch_size)
+        batch = 1.0 if batch_size == 1 else arguments.number("batch_size", batch_size)
         if not batch:
             raise ValueError(f"batch_size must be greater than 0, got {batch_size!r}")
         if grads is None and self._sums is None:

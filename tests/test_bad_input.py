@@ -31,7 +31,8 @@ def prepared(name, **kwargs):
 
 def snapshot(optimizer, *things):
     """All that a failing call could have changed."""
-    plain = {k: v for k, v in vars(optimizer).items() if k not in ("rule", "param_dict", "lr_scheduler")}
+    kept = ("rule", "param_dict", "lr_scheduler", "_prepared")  # the last one is a cache
+    plain = {k: v for k, v in vars(optimizer).items() if k not in kept}
     return table.content(*things), copy.deepcopy(plain)
 
 

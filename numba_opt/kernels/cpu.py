@@ -25,8 +25,15 @@ from numba.np.numpy_support import from_dtype
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from . import cache
-from .elements import add, fetch_add, load, pointers, prepare, store
+from .elements import add, fetch_add, load, pointers, prefetch, prepare, store
 from .threads import CHUNK
+
+# Lines too long for the caches are fetched ahead by hand: the processor's own prefetching does not hide the
+# latency of square roots and divisions. (Of a bare kernel's speed at 10 million elements, on one thread:
+# RMSProp 0.87 without and 0.94 with, GroupAdaGrad 0.76 and 0.94. In the L2 cache it costs up to 30%.)
+FAR = 1_000_000  # elements of a line that is too long
+BLOCK, AHEAD = 128, 512  # elements: what is fetched at a time, and how far ahead
+LINE = 16  # elements of float32 in a cache line
 
 HEADER = 6  # numbers before the addresses of arrays, in the table of `rows`
 
@@ -80,15 +87,20 @@ def _element_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callab
     n_hyper = 3 + rule.__code__.co_argcount - end
 
     @register_jitable
-    def span(entry, hyper, start, stop, chunk):
+    def span(entry, hyper, start, stop, chunk, far):
         array = pointers(to_fixed_tuple(entry, n_array), layout)
         h = to_fixed_tuple(hyper[entry[-1]], n_hyper)
-        for i in range(np.uintp(start), np.uintp(stop)):  # an index that may be negative won't vectorise
-            value = load(array[:end], i)
-            grad = prepare(value[0], value[1], h[0], h[1], h[2])
-            out = rule(value[1], grad, *value[2:], *h[3:])
-            store(array[1:end], i, out)
-            store(array[end:], i, out)
+        for first in range(start, stop, BLOCK):
+            if far:
+                for i in range(np.uintp(first + AHEAD), np.uintp(first + AHEAD + BLOCK), LINE):
+                    prefetch(array, i)
+            # an index that may be negative won't vectorise
+            for i in range(np.uintp(first), np.uintp(min(first + BLOCK, stop))):
+                value = load(array[:end], i)
+                grad = prepare(value[0], value[1], h[0], h[1], h[2])
+                out = rule(value[1], grad, *value[2:], *h[3:])
+                store(array[1:end], i, out)
+                store(array[end:], i, out)
 
     return span
 
@@ -99,10 +111,13 @@ def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[.
     n_array = len(layout.split())
 
     @register_jitable
-    def span(entry, hyper, start, stop, chunk):
+    def span(entry, hyper, start, stop, chunk, far):
         array = pointers(to_fixed_tuple(entry, n_array), layout)
         width = np.int64(entry[-2])
         for r in range(ceildiv(start, width), ceildiv(stop, width)):
+            if far:
+                for i in range(np.uintp(r * width + AHEAD), np.uintp((r + 1) * width + AHEAD), LINE):
+                    prefetch(array[:2], i)
             row(array, hyper[entry[-1]], width, r, r)
 
     return span
@@ -203,7 +218,7 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
                 grad[load(places, np.uintp(p))[0]] += real.type(load(source, np.uintp(p))[0])
 
     @register_jitable
-    def span(entry, hyper, start, stop, chunk):
+    def span(entry, hyper, start, stop, chunk, far):
         width = np.int64(entry[-2])
         row = np.int64(entry[-1])
         recorded = np.int64(entry[5])
@@ -241,7 +256,7 @@ def _over_chunks(span: Callable[..., Any], key: tuple[Any, ...], real: np.dtype)
             t = tensor_at(offsets, start)
             while start < stop:
                 end = min(stop, offsets[t + 1])
-                span(table[t], hyper, start - offsets[t], end - offsets[t], chunk)
+                span(table[t], hyper, start - offsets[t], end - offsets[t], chunk, total > FAR)
                 start = end
                 t += 1
             fetch_add(progress, 1, 1)
@@ -262,12 +277,16 @@ def squares(code: str) -> Any:
     """
 
     @register_jitable
-    def span(entry, partial, start, stop, chunk):
+    def span(entry, partial, start, stop, chunk, far):
         array = pointers((entry[0],), code)
-        total = np.float64(0)
-        for i in range(np.uintp(start), np.uintp(stop)):
-            value = np.float64(load(array, i)[0])
-            total = add(total, value * value)
-        partial[chunk, 0] += total
+        for first in range(start, stop, BLOCK):
+            if far:
+                for i in range(np.uintp(first + AHEAD), np.uintp(first + AHEAD + BLOCK), LINE):
+                    prefetch(array, i)
+            total = np.float64(0)
+            for i in range(np.uintp(first), np.uintp(min(first + BLOCK, stop))):
+                value = np.float64(load(array, i)[0])
+                total = add(total, value * value)
+            partial[chunk, 0] += total
 
     return _over_chunks(span, (cache.fingerprint(span), code), np.dtype(np.float64))

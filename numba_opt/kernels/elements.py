@@ -6,6 +6,7 @@ array before its address entered a table.
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -76,6 +77,23 @@ def store(typingctx, pointers, i, values):
             number = types.float32 if kind in (half.HALF, half.BFLOAT) else kind
             value = context.cast(builder, builder.extract_value(args[2], k), values.types[k], number)
             builder.store(half.encode(context, builder, value, kind), builder.gep(target, [args[1]]))
+        return context.get_dummy_value()
+
+    return sig, codegen
+
+
+@intrinsic
+def prefetch(typingctx, pointers, i):
+    """Ask for the cache lines of the elements number `i` behind a tuple of pointers."""
+    sig = types.void(pointers, i)
+
+    def codegen(context, builder, sig, args):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for pointer in cgutils.unpack_tuple(builder, args[0], len(pointers)):
+            place = builder.bitcast(builder.gep(pointer, [args[1]]), byte)
+            builder.call(function, [place, number(0), number(3), number(1)])  # to read, to stay, data
         return context.get_dummy_value()
 
     return sig, codegen

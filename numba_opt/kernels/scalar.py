@@ -123,4 +123,8 @@ def _where(condition, a, b):
 
 @overload(clip)
 def _clip(x, bound):
-    return lambda x, bound: minimum(maximum(x, -bound), bound)
+    def clip(x, bound):
+        x = -bound if -bound > x else x  # comparisons with NaN are false, so it falls through
+        return bound if bound < x else x
+
+    return clip
