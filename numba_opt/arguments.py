@@ -79,3 +79,11 @@ def unknown(cls: type, given: dict[str, Any]) -> TypeError:
     """The error for keywords that no constructor of a class takes; it lists those that are taken."""
     first = next(iter(given))
     return TypeError(f"{cls.__name__}() has no parameter {first!r}; it takes {', '.join(parameters(cls))}")
+
+
+def outside() -> int:
+    """The `stacklevel` at which a warning speaks of the code that called this package."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    return level - 1

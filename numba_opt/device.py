@@ -65,6 +65,7 @@ class Request(NamedTuple):
     per_row: bool
     label: Callable[[int], str]
     apart: Mapping[int, Sequence[np.ndarray]] = {}
+    stamps: Mapping[int, Any] = {}  # of rows, where they catch up exactly: written, too
 
     @property
     def n_state(self) -> int:
@@ -90,7 +91,7 @@ def bind(request: Request) -> Bound:
     columns = request.columns
     replaced: list[tuple[np.ndarray, np.ndarray]] = []
     found = ndarray.read(columns, request.n_state, request.per_row) if ndarray.readable() else None
-    if found is None or not fit(found, request.n_state):
+    if found is None or request.apart or request.stamps or not fit(found, request.n_state):
         columns, replaced = _one_by_one(request)
         found = _ask(columns)
     return Bound(tables(found, request.n_state), found, columns, replaced)
@@ -186,7 +187,7 @@ def _type(value: Any) -> str:
 
 def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarray, np.ndarray]]]:
     """The columns as arrays that a kernel can take, and what stands in for others; all of it checked."""
-    columns, _, per_row, label, apart = request
+    columns, _, per_row, label, apart, stamps = request
     names, n_state = request.names(), request.n_state
 
     def may_lack(c: int, t: int) -> bool:
@@ -218,7 +219,10 @@ def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarra
         copies = arrays[2 + n_state : 3 + n_state]
         if arrays[0][t] is not None:
             _check_gradient(arrays[0][t], weight, f"gradient of {label(t)}", *(copy[t] for copy in copies))
-    _check_apart(arrays, names, label, apart)
+    for t, marks in stamps.items():
+        _check_stamps(marks, f"stamps of {label(t)}", arrays[1][t].shape[:1] or (1,))
+    last = [stamps.get(t) for t in range(len(arrays[1]))]
+    _check_apart([*arrays, last], [*names, "stamps"], label, apart)
     replaced = []
     for c, column in enumerate(arrays):
         for t, array in enumerate(column):
@@ -283,10 +287,11 @@ def _check_apart(
         active.append((start, stop, c, t, array))
 
 
-def check_stamps(stamps: Any, what: str, shape: tuple[int, ...]) -> None:
+def _check_stamps(stamps: Any, what: str, shape: tuple[int, ...]) -> None:
     """Refuse stamps of rows that are not what `Optimizer.create_state` made."""
-    if not (isinstance(stamps, np.ndarray) and stamps.dtype == np.int64):
-        raise TypeError(f"{what} are {_type(stamps)}; expected an array of int64")
+    plain = isinstance(stamps, np.ndarray) and not isinstance(stamps, np.ma.MaskedArray)
+    if not (plain and stamps.dtype == np.int64):
+        raise TypeError(f"{what} are {_type(stamps)}; expected an array of int64 without a mask")
     _check_shape(stamps, what, shape)
     if not (stamps.flags.c_contiguous and stamps.flags.aligned and stamps.flags.writeable):
         raise ValueError(f"{what} must be contiguous and writable")

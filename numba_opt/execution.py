@@ -26,6 +26,11 @@ class Rule(NamedTuple):
     n_state: int
     per_row: bool
 
+    @property
+    def n_hyper(self) -> int:
+        """How many hyper-parameters the function takes."""
+        return self.function.__code__.co_argcount - 2 - self.n_state - int(self.per_row)
+
 
 class History:
     """The hyper-parameters of steps that some rows of a parameter have yet to take.
@@ -38,6 +43,15 @@ class History:
         self.recorded = 0
         self._rows = np.zeros((16, length), real)
         self._trim_at = 256
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> History:
+        """A history with these steps in it."""
+        history = cls(rows.shape[1], rows.dtype)
+        for row in rows:
+            history.with_current(row)
+            history.recorded += 1
+        return history
 
     def with_current(self, row: Sequence[float]) -> np.ndarray:
         """The recorded steps' hyper-parameters and those of the step that is being made."""
@@ -271,14 +285,17 @@ def _apply_to_rows(
     rule: Rule, rows: np.ndarray, values: np.ndarray, weight: np.ndarray, rest: Sequence[Any], hyper: Any
 ) -> None:
     """Apply a rule to some rows of a parameter, each of which is a row of `values` for its gradient."""
-    height = weight.shape[0]
-    whole = [None if array is None else array.reshape(height, -1) for array in (weight, *rest)]
+    whole = [None if array is None else _as_matrix(array) for array in (weight, *rest)]
     parts = [None if array is None else array[rows] for array in whole]
     grad = np.broadcast_to(values, parts[0].shape)  # type: ignore[union-attr]
     _apply(rule, grad, parts[0], parts[1:], hyper)
     for array, part in zip(whole, parts, strict=True):
         if array is not None:
             array[rows] = part
+
+
+def _as_matrix(array: np.ndarray) -> np.ndarray:
+    return array.reshape(array.shape[0], math.prod(array.shape[1:]))
 
 
 def _apply(rule: Rule, grad: Any, weight: Any, rest: Sequence[Any], hyper: Any) -> None:
@@ -331,7 +348,8 @@ def gradient_norm(tables: Sequence[device.Table], work: Work | None, grads: Sequ
         total += float(partial.sum())
     if 1e-290 < total < math.inf:  # else squares may have left the range of double precision
         return math.sqrt(total)
-    dense = [device.as_array(g, "gradient") for t, g in enumerate(grads) if t not in parts]
+    given = grads if work is None else work.bound.arrays[0]
+    dense = [device.as_array(grad, "gradient") for grad in given if grad is not None]
     return _careful_norm([array.astype(np.float64) for array in (*dense, *blocks)])
 
 

@@ -304,6 +304,7 @@ class Optimizer:
         zeros = tuple(np.zeros(shape, weight.dtype) for _ in self.state_names)
         state = zeros if len(zeros) > 1 else zeros[0] if zeros else None
         if self.sparse_update == "exact":
+            self._history.pop(index, None)  # a new state owes no steps
             return state, np.zeros(weight.shape[:1] or (1,), np.int64)
         return state
 
@@ -448,18 +449,22 @@ class Optimizer:
         indices: Sequence[Index],
     ) -> execution.Work:
         """A request's arrays, checked, with the histories of those that have stamps."""
-        bound = device.bind(request)
-        for t, marks in stamps.items():
-            height = bound.arrays[1][t].shape[:1] or (1,)
-            device.check_stamps(marks, f"stamps of {request.label(t)}", height)
+        bound = device.bind(request._replace(stamps=stamps))
         histories = {t: self._history_of(indices[t], bound.arrays[1][t].dtype) for t in stamps}
+        for t, history in histories.items():
+            touched = stamps[t][parts[t].rows] if t in parts else stamps[t]
+            if touched.size and not 0 <= touched.min() <= touched.max() <= history.recorded:
+                raise ValueError(
+                    f"stamps of {request.label(t)} go from {touched.min()} to {touched.max()}; "
+                    f"expected 0 to {history.recorded}, the steps recorded"
+                )
         return execution.Work(bound, parts, stamps, histories)
 
     def _history_of(self, index: Index, dtype: np.dtype) -> execution.History:
         """The steps that some rows of a parameter have yet to take."""
         if index not in self._history:
             real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-            self._history[index] = execution.History(3 + len(self.hyper(0.0, 1)), real)
+            self._history[index] = execution.History(3 + self._rule().n_hyper, real)
         return self._history[index]
 
     def _take_sparse(self, request: device.Request) -> tuple[device.Request, dict[int, sparse.Parts]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import device
+from . import arguments, device
 from .kernels import merge
 
 __all__ = ["RowSparse"]
@@ -61,20 +61,29 @@ class RowSparse:
     """
 
     def __init__(self, rows: Any, values: Any, shape: Sequence[int]) -> None:
-        self.rows = np.asarray(rows)
+        self.rows = rows if isinstance(rows, np.ndarray) else np.asarray(rows)
         if self.rows.size == 0 and not isinstance(rows, np.ndarray):
             self.rows = self.rows.astype(np.int64)
-        self.values = np.asarray(values)
-        self.shape = tuple(int(n) for n in shape)
-        if not self.shape or min(self.shape) < 0:
-            raise ValueError(f"shape must be of at least one dimension, none negative, got {shape!r}")
+        self.values = values if isinstance(values, np.ndarray) else np.asarray(values)
+        try:
+            self.shape = tuple(arguments.count("shape", n, 0) for n in shape)
+        except TypeError as error:
+            raise TypeError(f"shape must be a tuple of whole numbers, got {shape!r}") from error
+        if not self.shape:
+            raise ValueError(f"shape must be of at least one dimension, got {shape!r}")
         _check_block(self, "RowSparse")
 
     @classmethod
-    def from_csr(cls, matrix: Any) -> RowSparse:
-        """The rows of a CSR matrix that hold an entry; duplicate entries are summed."""
-        parts = _csr_parts(matrix, "matrix")
-        rows, dense = parts.summed(np.zeros((0, matrix.shape[1]), matrix.dtype))
+    def from_csr(cls, matrix: Any, what: str = "matrix") -> RowSparse:
+        """The rows of a CSR matrix that hold an entry; duplicate entries are summed.
+
+        `what` is what errors call it.
+        """
+        if getattr(matrix, "format", None) != "csr":
+            raise TypeError(f"{what} must be a scipy.sparse CSR matrix, got {type(matrix).__name__}")
+        parts = _csr_parts(matrix, what)
+        kept = matrix.dtype if device.code_of(matrix.dtype) else np.float64
+        rows, dense = parts.summed(np.zeros((0, matrix.shape[1]), kept))
         return cls(rows, dense.astype(matrix.dtype, copy=False), matrix.shape)
 
     @property
@@ -116,15 +125,16 @@ class Parts(NamedTuple):
         """The touched rows and, for each of them, the sum of its parts in the weight's precision."""
         real = np.float64 if weight.dtype == np.float64 else np.float32
         dense = np.zeros((len(self.rows), math.prod(weight.shape[1:])), real)
-        if self.starts is None:
-            dense[...] = self.data.reshape(dense.shape)
-            return self.rows, dense
-        k = np.repeat(np.arange(len(self.rows)), np.diff(self.starts))
-        places: Any = self.places
-        if self.form.startswith("block"):
-            np.add.at(dense, k, self.data.reshape(len(k), -1)[places].astype(real))
-        else:
-            np.add.at(dense, (k, places[: len(k)]), self.data[: len(k)].astype(real))
+        with np.errstate(all="ignore"):
+            if self.starts is None:
+                dense[...] = self.data.reshape(dense.shape)
+                return self.rows, dense
+            k = np.repeat(np.arange(len(self.rows)), np.diff(self.starts))
+            places: Any = self.places
+            if self.form.startswith("block"):
+                np.add.at(dense, k, self.data.reshape(len(k), -1)[places].astype(real))
+            else:
+                np.add.at(dense, (k, places[: len(k)]), self.data[: len(k)].astype(real))
         return self.rows, dense
 
 
@@ -139,22 +149,32 @@ def is_sparse(grad: Any) -> bool:
 def joined(sum_so_far: Any, grad: Any, weight: Any, what: str) -> Any:
     """A sum of gradients and one more, as a new array or as rows, which are summed when they are used."""
     weight = device.as_array(weight, what)
-    parts_of(grad, weight, what)
+    _check_shape(grad, weight, what)
     if not isinstance(grad, RowSparse):
-        grad = RowSparse.from_csr(_as_csr(grad, what))
+        grad = RowSparse.from_csr(_as_csr(grad, what), what)
+    _check_block(grad, what)
+    with np.errstate(all="ignore"):
+        rows, values = grad.rows.astype(np.int64), grad.values.astype(weight.dtype)
     if sum_so_far is None:
-        return RowSparse(grad.rows.copy(), grad.values.copy(), grad.shape)
+        return RowSparse(rows, values, grad.shape)
     if isinstance(sum_so_far, RowSparse):
-        rows = np.concatenate([sum_so_far.rows, grad.rows])
-        return RowSparse(rows, np.concatenate([sum_so_far.values, grad.values]), grad.shape)
+        rows = np.concatenate([sum_so_far.rows, rows])
+        return RowSparse(rows, np.concatenate([sum_so_far.values, values]), grad.shape)
     dense = sum_so_far.copy()
-    np.add.at(dense, grad.rows, grad.values)
+    np.add.at(dense, rows, values)
     return dense
 
 
 def copied(grad: Any) -> Any:
     """A gradient that changing another one does not change."""
     return grad.copy() if isinstance(grad, np.ndarray) else grad
+
+
+def as_plain(grad: Any) -> Any:
+    """A sum of gradients as arrays and plain values."""
+    if isinstance(grad, RowSparse):
+        return {"rows": grad.rows, "values": grad.values, "shape": list(grad.shape)}
+    return grad
 
 
 def as_dense(grad: Any) -> Any:
@@ -170,39 +190,70 @@ def parts_of(grad: Any, weight: np.ndarray, what: str) -> Parts:
     TypeError, ValueError
         Naming the parameter, what is wrong and where it is first wrong.
     """
-    if grad.shape != weight.shape:
-        raise ValueError(f"{what} has shape {grad.shape}; expected {weight.shape}, as the weight")
+    _check_shape(grad, weight, what)
     if isinstance(grad, RowSparse):
         return _block_parts(grad, what)
     return _csr_parts(_as_csr(grad, what), what)
 
 
+def _check_shape(grad: Any, weight: np.ndarray, what: str) -> None:
+    if tuple(grad.shape) != weight.shape:
+        raise ValueError(f"{what} has shape {grad.shape}; expected {weight.shape}, as the weight")
+
+
 def _as_csr(grad: Any, what: str) -> Any:
+    """A scipy.sparse matrix as CSR. Its own conversion trusts its numbers, so they are checked first."""
+    if grad.ndim != 2:
+        raise ValueError(f"{what} is a sparse array of {grad.ndim} dimensions; expected 2")
     if grad.format == "csr":
         return grad
     warnings.warn(
         f"{what} is a scipy.sparse matrix of format {grad.format!r}, converted to CSR at each update, "
         "because rows are what is updated",
-        stacklevel=2,
+        stacklevel=arguments.outside(),
     )
+    height, width = grad.shape
+    if grad.format == "coo":
+        data = _plain(grad.data, f"data of {what}", "fV")
+        for name, numbers, limit in (("row", grad.row, height), ("col", grad.col, width)):
+            if len(_plain(numbers, f"{name} of {what}", "iu")) != len(data):
+                raise ValueError(f"{name} of {what} has length {len(numbers)}; expected {len(data)}, as data")
+            _check_numbers(numbers, f"{name} of {what}", limit)
+    elif grad.format == "csc":
+        _check_compressed(grad, what, width, height)
+    elif grad.format == "bsr":
+        rows, columns = grad.blocksize
+        _check_compressed(grad, what, height // rows, width // columns)
     return grad.tocsr()
+
+
+def _plain(array: Any, what: str, kinds: str) -> np.ndarray:
+    """An array that may be read as numbers of some kinds."""
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{what} is a {type(array).__name__}; expected a NumPy array without a mask")
+    if array.dtype.kind not in kinds or (array.dtype.kind == "V" and not device.is_half(array.dtype)):
+        expected = {"i": "int32 or int64", "iu": "integers"}.get(kinds, "floating-point numbers")
+        raise TypeError(f"{what} are {array.dtype}; expected {expected}")
+    return array
+
+
+def _check_numbers(numbers: np.ndarray, what: str, limit: int) -> None:
+    """Refuse numbers outside 0 to `limit`, naming the first."""
+    if numbers.size and (int(numbers.min()) < 0 or int(numbers.max()) >= limit):
+        k = int(np.flatnonzero((numbers < 0) | (numbers >= limit))[0])
+        raise ValueError(f"{what} hold {numbers[k]} at position {k}; expected 0 to {limit - 1}")
 
 
 def _check_block(grad: RowSparse, what: str) -> None:
     """Refuse row numbers that are not whole numbers, and values of another shape."""
-    rows, values = grad.rows, grad.values
-    if rows.dtype.kind not in "iu":
-        raise TypeError(f"rows of {what} are {rows.dtype}; expected integers")
+    rows = _plain(grad.rows, f"rows of {what}", "iu")
+    values = _plain(grad.values, f"values of {what}", "fV")
     if rows.ndim != 1:
         raise ValueError(f"rows of {what} have shape {rows.shape}; expected one dimension")
-    if values.dtype.kind != "f" and not device.is_half(values.dtype):
-        raise TypeError(f"values of {what} are {values.dtype}; expected floating-point numbers")
     expected = (len(rows), *grad.shape[1:])
     if values.shape != expected:
         raise ValueError(f"values of {what} have shape {values.shape}; expected {expected}")
-    if rows.size and (int(rows.min()) < 0 or int(rows.max()) >= grad.shape[0]):
-        k = int(np.flatnonzero((rows < 0) | (rows >= grad.shape[0]))[0])
-        raise ValueError(f"rows of {what} hold {rows[k]} at position {k}; expected 0 to {grad.shape[0] - 1}")
+    _check_numbers(rows, f"rows of {what}", grad.shape[0])
 
 
 def _block_parts(grad: RowSparse, what: str) -> Parts:
@@ -217,30 +268,43 @@ def _block_parts(grad: RowSparse, what: str) -> Parts:
 
 
 def _csr_parts(matrix: Any, what: str) -> Parts:
-    data, indices, indptr = matrix.data, matrix.indices, matrix.indptr
     height, width = matrix.shape
+    count = _check_compressed(matrix, what, height, width)
+    indices, indptr = np.ascontiguousarray(matrix.indices), np.ascontiguousarray(matrix.indptr)
+    entries = int(indptr[-1])
+    data = _stored(matrix.data[:entries])
+    rows, starts = merge.touched_csr(indptr, count)
+    code = device.code_of(data.dtype)
+    full = width > 0 and entries == count * width and bool((np.diff(starts) == width).all())
+    if full and merge.look_columns(indices, entries, width, True) == merge.GOOD:
+        return Parts(f"block {code}", data, rows, None, None)
+    return Parts(f"csr i{indices.itemsize} {code}", data, rows, starts, indices)
+
+
+def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> int:
+    """Refuse numbers in a matrix by rows (or columns) that lead outside; says how many hold an entry."""
+    data = _plain(matrix.data, f"data of {what}", "fV")
+    indices = _plain(matrix.indices, f"indices of {what}", "i")
+    indptr = _plain(matrix.indptr, f"indptr of {what}", "i")
     for name, array in (("indices", indices), ("indptr", indptr)):
         if array.dtype not in (np.int32, np.int64):
             raise TypeError(f"{name} of {what} are {array.dtype}; expected int32 or int64")
-    if data.dtype.kind != "f" and not device.is_half(data.dtype):
-        raise TypeError(f"data of {what} are {data.dtype}; expected floating-point numbers")
-    if len(indptr) != height + 1:
-        raise ValueError(f"indptr of {what} has length {len(indptr)}; expected {height + 1}, rows and one")
-    data, indices, indptr = _stored(data), np.ascontiguousarray(indices), np.ascontiguousarray(indptr)
-    count = merge.look_csr(indptr, min(len(data), len(indices)))
+    for name, array, ndim in (
+        ("data", data, 3 if matrix.format == "bsr" else 1),
+        ("indices", indices, 1),
+        ("indptr", indptr, 1),
+    ):
+        if array.ndim != ndim:
+            raise ValueError(f"{name} of {what} has shape {array.shape}; expected {ndim} dimensions")
+    if len(indptr) != major + 1:
+        raise ValueError(f"indptr of {what} has length {len(indptr)}; expected {major + 1}, rows and one")
+    count = merge.look_csr(np.ascontiguousarray(indptr), min(len(data), len(indices)))
     if count < 0:
         raise ValueError(_what_is_wrong(indptr, data, indices, what))
-    rows, starts = merge.touched_csr(indptr, count)
-    entries = int(indptr[-1])
-    full = width > 0 and entries == count * width
-    found = merge.look_columns(indices, entries, width, full)
-    if found == merge.BAD:
-        p = int(np.flatnonzero((indices < 0) | (indices >= width))[0])
-        raise ValueError(f"indices of {what} hold {indices[p]} at position {p}; expected 0 to {width - 1}")
-    code = device.code_of(data.dtype)
-    if found == merge.GOOD:
-        return Parts(f"block {code}", data, rows, None, None)
-    return Parts(f"csr i{indices.itemsize} {code}", data, rows, starts, indices)
+    used = np.ascontiguousarray(indices[: int(indptr[-1])])
+    if merge.look_columns(used, len(used), minor, False) == merge.BAD:
+        _check_numbers(used, f"indices of {what}", minor)
+    return int(count)
 
 
 def _what_is_wrong(indptr: np.ndarray, data: np.ndarray, indices: np.ndarray, what: str) -> str:

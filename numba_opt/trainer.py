@@ -336,7 +336,7 @@ class Trainer:
         return {
             "optimizer": checkpoint.describe(self.optimizer),
             "parameters": parameters,
-            "accumulated": {name: sparse.as_dense(total) for name, total in sums if total is not None},
+            "accumulated": {name: sparse.as_plain(total) for name, total in sums if total is not None},
             "skipped_steps": self.skipped_steps,
         }
 
@@ -372,10 +372,13 @@ class Trainer:
                 pairs += checkpoint.pairs(self.params[name], entry["weight"], f"weight of parameter {name!r}")
         sums: list[Any] = [None] * len(self._names)
         weights = self._weights(range(len(self._names)))
-        for name, array in state_dict["accumulated"].items():
-            t = self._names.index(name)
-            sums[t] = _like(weights[t])
-            pairs += checkpoint.pairs(sums[t], array, f"accumulated gradient of parameter {name!r}")
+        for name, total in state_dict["accumulated"].items():
+            t, what = self._names.index(name), f"accumulated gradient of parameter {name!r}"
+            if isinstance(total, Mapping):
+                sums[t] = sparse.joined(None, sparse.RowSparse(**total), weights[t], what)
+            else:
+                sums[t] = _like(weights[t])
+                pairs += checkpoint.pairs(sums[t], total, what)
         counts: dict[Any, int] = {i: entry["count"] for i, entry in enumerate(found.values())}
         skipped = state_dict["skipped_steps"]
 

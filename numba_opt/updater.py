@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from . import checkpoint
+from .execution import History
 from .optimizer import Index, Optimizer
 
 __all__ = ["Updater", "get_updater"]
@@ -67,11 +68,19 @@ class Updater:
             self.states.update((i, fresh[i]) for i in indices[part] if i in fresh)
 
     def get_states(self, dump_optimizer: bool = False) -> bytes:
-        """All states as safetensors, with the optimizer's hyper-parameters and counts if wanted."""
+        """All states as safetensors, with the optimizer's hyper-parameters and counts if wanted.
+
+        Steps that rows have yet to take (``sparse_update="exact"``) are saved with the states.
+        """
         arrays: checkpoint.Arrays = {}
         states = checkpoint.take_apart(list(map(list, self.states.items())), arrays)
         optimizer = checkpoint.describe(self.optimizer) if dump_optimizer else None
-        values = {"states": states, "optimizer": checkpoint.take_apart(optimizer, arrays)}
+        late = [[i, history.rows()] for i, history in self.optimizer._history.items() if history.recorded]
+        values = {
+            "states": states,
+            "optimizer": checkpoint.take_apart(optimizer, arrays),
+            "histories": checkpoint.take_apart(late, arrays, "histories"),
+        }
         return checkpoint.to_bytes(arrays, values)
 
     def set_states(self, states: bytes) -> None:
@@ -87,9 +96,11 @@ class Updater:
             raise checkpoint.CheckpointError("a checkpoint of numba_opt, but not of an Updater")
         found = {i: _owned(state) for i, state in checkpoint.put_together(values["states"], arrays)}
         optimizer = checkpoint.put_together(values["optimizer"], arrays)
+        late = checkpoint.put_together(values["histories"], arrays)
         if optimizer is not None:
             checkpoint.restorer(self.optimizer, optimizer)()
         self.states = found
+        self.optimizer._history = {i: History.of(rows) for i, rows in late}
 
 
 def _owned(state: Any) -> Any:
