@@ -21,7 +21,7 @@ from .workloads import GROUPS
 def report(results: Mapping[str, Result], table: Table, threads: int, load: float) -> dict[str, Any]:
     """Everything that is known of a run. `load` is the machine's when it began."""
     return {
-        "machine": _cpu(),
+        "machine": cpu(),
         "cores": os.cpu_count(),
         "threads": threads,
         "load_before": load,
@@ -38,7 +38,7 @@ def file_name(found: Mapping[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{found['machine']} {found['cores']} cores".lower()).strip("-")
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

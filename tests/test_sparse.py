@@ -622,6 +622,7 @@ def test_coo_with_duplicates():
 def test_the_reason_is_said_once():
     """By Python's usual filter, for each parameter."""
     run, grad = Run(table.row("nag"), np.zeros((3, 2))), ss.coo_array(np.eye(3, 2))
+    run.step(grad.tocsr())  # compiling makes Python forget which warnings it has given
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         for _ in range(3):

@@ -34,6 +34,7 @@ from .threads import CHUNK
 FAR = 1_000_000  # elements of a line that is too long
 BLOCK, AHEAD = 128, 512  # elements: what is fetched at a time, and how far ahead
 LINE = 16  # elements of float32 in a cache line
+NEXT = 8  # how many touched rows ahead the next one to fetch is
 
 HEADER = 6  # numbers before the addresses of arrays, in the table of `rows`
 
@@ -194,6 +195,7 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     step = row_step(rule, n_state, per_row, f"{number} {layout}")
     n_array = len(layout.split())
     block, sparse = kind == "block", kind == "csr"
+    wide = 1 if per_row else n_array  # of the arrays, those with whole rows
 
     @register_jitable
     def gather(entry, k, width, grad):
@@ -226,15 +228,24 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
         rest = pointers(to_fixed_tuple(entry[HEADER:], n_array), layout)
         array = pointers((np.uint64(grad.ctypes.data),), number) + rest
         empty = pointers((np.uint64(nothing.ctypes.data),), number) + rest
+        direct = pointers((entry[0],), code) + rest
         touched = pointers((entry[1],), "i8")
         stamps = pointers((entry[4],), "i8")
-        for k in range(ceildiv(start, width), ceildiv(stop, width)):
+        end = ceildiv(stop, width)
+        for k in range(ceildiv(start, width), end):
             r = k if entry[1] == 0 else load(touched, np.uintp(k))[0]
+            if entry[1] != 0 and k + NEXT < end:  # rows come in no order that the processor could foresee
+                first = np.uintp(load(touched, np.uintp(k + NEXT))[0])
+                for i in range(first * np.uintp(width), (first + np.uintp(1)) * np.uintp(width), LINE):
+                    prefetch(rest[:wide], i)
+                prefetch(rest[wide:], first)
             if exact:
                 for q in range(load(stamps, np.uintp(r))[0], recorded):
                     step(empty, hyper[row + q], width, r, 0)
                 store(stamps, np.uintp(r), (recorded + 1,))
-            if block or sparse:
+            if block and code == number and entry[2] == 0:
+                step(direct, hyper[row + recorded], width, r, k)
+            elif block or sparse:
                 gather(entry, k, width, grad)
                 step(array, hyper[row + recorded], width, r, 0)
 

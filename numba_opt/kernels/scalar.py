@@ -60,7 +60,8 @@ def where(condition: Any, a: Any, b: Any) -> Any:
 
 def clip(x: Any, bound: Any) -> Any:
     """x, brought into [-bound, bound]; NaN stays NaN."""
-    return np.minimum(np.maximum(x, -bound), bound)
+    x = np.where(-bound > x, -bound, x)
+    return np.where(bound < x, bound, x)
 
 
 @overload(sqrt)

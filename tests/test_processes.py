@@ -1,0 +1,619 @@
+"""What the package does to the process that hosts it: imports, threads, forks, interrupts, a broken cache.
+
+Everything runs in processes of its own. Where nothing is said of the cache they use that of the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import numba_opt
+from numba_opt.kernels import cpu
+
+ROOTS = os.pathsep.join([str(Path(numba_opt.__file__).parents[1]), str(Path(__file__).parents[1])])
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and forks")
+
+
+def process(script, *args, timeout=120, python=sys.executable, **env):
+    """Run a script, from a file so that others can import it, and return the JSON that it printed last."""
+    env = {**os.environ, "PYTHONPATH": ROOTS, **{name: str(value) for name, value in env.items()}}
+    command = [python, *(["-c", script] if isinstance(script, str) else [str(script)]), *map(str, args)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# What most scripts do: train on large and small arrays, and tell the results' digests.
+TRAIN = """
+import hashlib, json, os, random, signal, sys, threading, time, warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import numpy as np
+import numba_opt
+from tests import table
+
+warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
+
+def digest(arrays):
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+def train(name, steps=3, shapes=((500, 900), (30, 20), 7)):
+    row = table.row(name)
+    call = table.make(row, shapes)
+    optimizer = table.build(row)
+    for _ in range(steps):
+        optimizer.update(*call)
+    return digest(table.outputs(call))
+"""
+
+
+# ---------------------------------------------------------------- imports
+
+
+def test_import_compiles_nothing_and_imports_little(tmp_path):
+    script = """
+import json, sys
+from numba.core import event
+
+class Listener(event.Listener):
+    def on_start(self, event):
+        compiled.append(str(event.data))
+    def on_end(self, event):
+        pass
+
+compiled = []
+event.register("numba:compile", Listener())
+before = set(sys.modules)
+import numba_opt
+from numba.np.ufunc import parallel
+new = sorted(set(sys.modules) - before)
+print(json.dumps({"compiled": compiled, "new": new, "layer": parallel._is_initialized}))
+"""
+    found = process(script, NUMBA_CACHE_DIR=tmp_path)
+    assert found["compiled"] == []
+    assert found["layer"] is False
+    assert list(tmp_path.iterdir()) == []
+    unwanted = {"torch", "cupy", "numba_cuda", "matplotlib", "scipy", "safetensors", "tqdm", "ml_dtypes"}
+    assert unwanted.isdisjoint({name.partition(".")[0] for name in found["new"]})
+    assert not [name for name in found["new"] if name.startswith(("numba.cuda", "numba_opt.demo"))]
+
+
+def test_an_update_imports_nothing_that_it_does_not_need():
+    script = """
+import json, sys
+import numpy as np
+import numba_opt
+
+weight = np.ones(300_000, np.float32)
+numba_opt.NAG(momentum=0).update([0], [weight], [weight / 2], [None])
+names = ("torch", "cupy", "numba_cuda", "numba.cuda.cudadrv", "matplotlib", "scipy.sparse", "safetensors")
+print(json.dumps([name for name in names if name in sys.modules]))
+"""
+    assert process(script) == []
+
+
+# ---------------------------------------------------------------- threads
+
+LAYERS = (
+    TRAIN
+    + """
+import numba
+
+@numba.njit(parallel=True)
+def others(x):
+    total = 0.0
+    for i in numba.prange(x.size):
+        total += np.sqrt(x[i])
+    return total
+
+names = ["nag", "ftml", "adamax", "rmsprop", "groupadagrad", "rmsprop-centered"]
+expected = [train(name) for name in names]
+x = np.full(300_000, 4.0)
+assert others(x) == 600_000
+stop, sums = threading.Event(), []
+
+def run_others():
+    while not stop.is_set():
+        sums.append(others(x))
+
+barrier = threading.Barrier(6)
+
+def start(name):
+    barrier.wait()
+    return [train(name) for _ in range(4)]
+
+user = threading.Thread(target=run_others)
+user.start()
+with ThreadPoolExecutor(6) as pool:
+    found = list(pool.map(start, names))
+stop.set()
+user.join()
+assert found == [[one] * 4 for one in expected]
+assert sums and set(sums) == {600_000.0}
+print(json.dumps(numba.threading_layer()))
+"""
+)
+
+
+def _has_layer(name):
+    if name == "workqueue":
+        return True
+    try:
+        importlib.import_module(f"numba.np.ufunc.{name}pool")
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
+def test_six_threads_beside_somebody_elses_parallel_kernel(layer):
+    if not _has_layer(layer):
+        pytest.skip(f"numba has no {layer} here")
+    assert process(LAYERS, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4) == layer
+
+
+def test_the_number_of_threads_is_respected_and_changes_no_bit():
+    script = (
+        TRAIN
+        + """
+found = train("ftml")
+helpers = sum(thread.name == "numba_opt" for thread in threading.enumerate())
+print(json.dumps([found, helpers]))
+"""
+    )
+    found = [process(script, NUMBA_NUM_THREADS=count) for count in (1, 2, 5)]
+    assert found == [[found[0][0], helpers] for helpers in (0, 1, 4)]
+
+
+# ---------------------------------------------------------------- forks
+
+
+@POSIX
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_fork_after_use(layer):
+    """Also where the program has entered Numba's own threads before; in the child only we run."""
+    if not _has_layer(layer):
+        pytest.skip(f"numba has no {layer} here")
+    script = (
+        TRAIN
+        + """
+import numba
+
+@numba.njit(parallel=True)
+def others(x):
+    for i in numba.prange(x.size):
+        x[i] += 1
+
+others(np.zeros(100_000))
+expected = {name: train(name) for name in ("nag", "ftml")}
+statuses = []
+for _ in range(4):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # rather than to wait for ever
+        os._exit(0 if {name: train(name) for name in expected} == expected else 1)
+    statuses.append(os.waitpid(child, 0)[1])
+    assert train("nag") == expected["nag"]
+print(json.dumps([numba.threading_layer(), statuses]))
+"""
+    )
+    found = process(script, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4)
+    assert found == [layer, [0] * 4]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method, tmp_path):
+    import multiprocessing
+
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    script = tmp_path / "program.py"
+    script.write_text(
+        TRAIN
+        + """
+import multiprocessing
+
+def send(queue, name):
+    queue.put((name, train(name)))
+
+def main():
+    expected = {name: train(name) for name in ("nag", "ftml")}
+    context = multiprocessing.get_context(sys.argv[1])
+    queue = context.Queue()
+    started = [context.Process(target=send, args=(queue, name)) for name in expected]
+    for one in started:
+        one.start()
+    found = dict(queue.get(timeout=60) for _ in started)
+    for one in started:
+        one.join(60)
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        pooled = dict(zip(expected, pool.map(train, expected)))
+    codes = [one.exitcode for one in started]
+    print(json.dumps([codes, found == expected, pooled == expected, train("nag") == expected["nag"]]))
+
+if __name__ == "__main__":
+    main()
+"""
+    )
+    assert process(script, method, NUMBA_NUM_THREADS=4) == [[0, 0], True, True, True]
+
+
+# ---------------------------------------------------------------- interrupts
+
+# In each step every weight falls by 1, so that a weight is minus the number of steps that it has taken.
+# A thread sends SIGINT at random times, and waits until the one before has been looked at.
+INTERRUPTS = """
+import itertools, json, os, random, signal, sys, threading, time
+import numpy as np
+import numba_opt
+from numba_opt.kernels import cache
+
+rng = random.Random(int(sys.argv[2]))
+names, shape = [0, 1, 2], (700, 600)
+options = {"learning_rate": 1.0, "momentum": 0}
+exact = {**options, "sparse_update": "exact"}
+
+def make(kind):
+    optimizer = numba_opt.NAG(**(exact if kind == "exact" else options))
+    optimizer.use_fused_step = kind != "unfused"
+    weights = [np.zeros(shape, np.float32), np.zeros((7, 3), np.float32), np.zeros((70, 600), np.float32)]
+    if kind == "strided":
+        weights = [np.zeros((*weight.shape, 2), np.float32)[:, :, 0] for weight in weights]
+    if kind == "double":
+        weights[0] = weights[0].astype(np.float64)  # two kernels in a step
+    grads = [np.ones_like(weight) for weight in weights]
+    if kind == "exact":
+        every = [np.arange(0, weight.shape[0], 2) for weight in weights]
+        some = [numba_opt.RowSparse(r, g[r], g.shape) for r, g in zip(every, grads)]
+    if kind in ("trainer", "clip"):
+        limit = {"clip_global_norm": 1e9} if kind == "clip" else {}
+        trainer = numba_opt.Trainer(weights, optimizer, **limit)
+        return optimizer, weights, lambda: trainer.step(grads)
+    states = [optimizer.create_state(i, weight) for i, weight in enumerate(weights)]
+    turns = itertools.cycle([grads, some] if kind == "exact" else [grads])
+    return optimizer, weights, lambda: optimizer.update(names, weights, next(turns), states)
+
+def check(kind, optimizer, weights):
+    counts = [optimizer._index_update_count.get(i, 0) for i in names]
+    assert len(set(counts)) == 1, counts
+    assert optimizer.num_update == counts[0]
+    for weight in weights:
+        even = weight[::2]
+        assert (even == -counts[0]).all(), (kind, counts[0], np.unique(even))
+        if kind != "exact":
+            assert (weight == -counts[0]).all(), (kind, counts[0], np.unique(weight))
+    return counts[0]
+"""
+
+AT_RANDOM = (
+    INTERRUPTS
+    + """
+def send():
+    while True:
+        looked_at.wait()
+        looked_at.clear()
+        time.sleep(rng.random() * 0.006)
+        os.kill(os.getpid(), signal.SIGINT)
+
+kind, number = sys.argv[1], int(sys.argv[3])
+optimizer, weights, step = make(kind)
+step()
+looked_at = threading.Event()
+threading.Thread(target=send, daemon=True).start()
+came = 0
+while came < number:
+    looked_at.set()
+    try:
+        while True:
+            step()
+    except KeyboardInterrupt:
+        came += 1
+        count = check(kind, optimizer, weights)
+print(json.dumps([came, count]))
+"""
+)
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["update", "trainer", "clip", "strided", "double", "unfused", "exact"])
+def test_interrupts_come_before_or_after_a_step(kind):
+    came, count = process(AT_RANDOM, kind, 0, 100)
+    assert came == 100
+    assert count > 1
+
+
+AT_A_KERNEL = (
+    INTERRUPTS
+    + """
+load, sent = cache.KernelCache.load_overload, set()
+
+def load_overload(self, sig, target):
+    found = load(self, sig, target)
+    if (self.name, str(self.key)) not in sent:
+        sent.add((self.name, str(self.key)))
+        os.kill(os.getpid(), signal.SIGINT)
+    return found
+
+cache.KernelCache.load_overload = load_overload
+came = 0
+for kind in sys.argv[1].split():
+    optimizer, weights, step = make(kind)
+    done = 0
+    while done < 3:
+        try:
+            step()
+            done += 1
+        except KeyboardInterrupt:
+            came += 1
+            check(kind, optimizer, weights)
+    check(kind, optimizer, weights)
+print(json.dumps([came, len(sent)]))
+"""
+)
+
+
+@POSIX
+def test_interrupts_while_kernels_are_fetched():
+    """The first step of a process compiles or loads what it needs; that too comes before the first write."""
+    came, kernels = process(AT_A_KERNEL, "update double trainer clip exact", 0)
+    assert 3 <= came <= kernels
+
+
+# ---------------------------------------------------------------- caches that fail
+
+SMALL = (
+    TRAIN
+    + """
+from numba.core import event
+
+class Listener(event.Listener):
+    def on_start(self, event):
+        compiled.append(event.data["dispatcher"].py_func.__name__)
+    def on_end(self, event):
+        pass
+
+compiled = []
+event.register("numba:compile", Listener())
+found = train("nag", shapes=((30, 20), 7))
+print(json.dumps({"found": found, "compiled": sorted(compiled)}))
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A cache as one process leaves it, and what that process found."""
+    folder = tmp_path_factory.mktemp("kept")
+    return folder, process(SMALL, NUMBA_CACHE_DIR=folder)
+
+
+def damage(path, rng):
+    """Truncate a file at a random place, or change some of its bytes."""
+    content = bytearray(path.read_bytes())
+    if rng.random() < 0.5:
+        content = content[: rng.randrange(len(content))]
+    else:
+        for _ in range(rng.choice([1, 1, 100])):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def test_damaged_entries_are_compiled_again(kept, tmp_path):
+    folder, first = kept
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    rng = random.Random(1)
+    before = {}
+    for path in sorted(tmp_path.rglob("*.nbc")):
+        before[path] = path.stat().st_size
+        damage(path, rng)
+    assert process(SMALL, NUMBA_CACHE_DIR=tmp_path) == first
+    assert process(SMALL, NUMBA_CACHE_DIR=tmp_path) == {**first, "compiled": []}
+    assert sorted(tmp_path.rglob("*.*")) == sorted(before)
+
+
+def test_no_damage_is_overlooked(kept, tmp_path, monkeypatch):
+    folder, _ = kept
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    rule = numba_opt.NAG()._rule()
+    kernel = cpu.dense.__wrapped__(*rule, "f4 f4 f4")
+    (sig,) = kernel._cache_hits  # it was there
+    path = kernel._cache._path(sig, kernel.targetctx.codegen())
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(300):
+        path.write_bytes(whole)
+        damage(path, rng)
+        if path.read_bytes() != whole:
+            assert kernel._cache.load_overload(sig, kernel.targetctx) is None
+    path.write_bytes(whole)
+    assert kernel._cache.load_overload(sig, kernel.targetctx) is not None
+
+
+@POSIX
+def test_a_home_that_cannot_be_written(kept):
+    """/proc takes no folders, not even from root."""
+    _, first = kept
+    env = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "NUMBA_CACHE_DIR": ""}
+    assert process(SMALL, **env) == first
+
+
+def test_a_full_disk(kept, tmp_path):
+    _, first = kept
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)],
+            capture_output=True,
+            check=False,
+        )
+        if shutil.which("mount")
+        else None
+    )
+    if mounted is None or mounted.returncode:
+        pytest.skip("cannot mount a small disk")
+    try:
+        assert process(SMALL, NUMBA_CACHE_DIR=tmp_path) == first
+        again = process(SMALL, NUMBA_CACHE_DIR=tmp_path)
+        assert again["found"] == first["found"]
+        assert not list(tmp_path.rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+COLD = """
+import sys
+import numpy as np
+from numba_opt.kernels import cpu, threads
+
+sys.stdin.readline()
+array, total = np.ones(300_000, np.float32), np.zeros((19, 1))
+address = np.array([[array.ctypes.data, 0, 0]], np.uint64)
+threads.run([(cpu.squares("f4"), (address, np.array([0, array.size]), total), array.size)])
+print(int(total.sum()))
+"""
+
+
+def test_sixteen_processes_that_start_cold_together(tmp_path):
+    env = {**os.environ, "PYTHONPATH": ROOTS, "NUMBA_CACHE_DIR": str(tmp_path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", COLD]
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(subprocess.Popen(command, env=env, **pipes)) for _ in range(16)]
+        for one in running:
+            one.stdin.write("go\n")
+            one.stdin.flush()
+        found = [one.communicate(timeout=300)[0] for one in running]
+    assert found == ["300000\n"] * 16
+    left = [path.suffix for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == [".nbc"] * 2
+
+
+# ---------------------------------------------------------------- for long
+
+SOAK = (
+    TRAIN
+    + """
+import scipy.sparse
+
+def sparse(steps=4):
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((4000, 64)).astype(np.float32)
+    optimizer = numba_opt.Adamax(sparse_update="exact")
+    state = optimizer.create_state(0, weight)
+    for _ in range(steps):
+        rows = rng.integers(0, 4000, 5000)
+        values = rng.standard_normal((5000, 64), np.float32)
+        optimizer.update([0], [weight], [numba_opt.RowSparse(rows, values, weight.shape)], [state])
+    optimizer.flush([0], [weight], [state])
+    return digest([weight])
+
+def csr(steps=4):
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((3000, 100))
+    optimizer = numba_opt.GroupAdaGrad()
+    state = optimizer.create_state(0, weight)
+    for _ in range(steps):
+        grad = scipy.sparse.random(3000, 100, 0.05, "csr", np.float64, rng)
+        optimizer.update([0], [weight], [grad], [state])
+    return digest([weight, state])
+
+def trainer(steps=4):
+    rng = np.random.default_rng(3)
+    params = [np.ones((700, 600), np.float32), np.ones(700, np.float32), np.ones(9)]
+    found = numba_opt.Trainer(params, "ftml", clip_global_norm=1.0, wd=0.01, lr_mult={"1": 0.5})
+    for _ in range(steps):
+        found.step([rng.standard_normal(array.shape).astype(array.dtype) for array in params])
+    return digest(params)
+
+def half(steps=4):
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal(400_000).astype(np.float16)
+    optimizer = numba_opt.RMSProp(multi_precision=True)
+    state = optimizer.create_state_multi_precision(0, weight)
+    for _ in range(steps):
+        optimizer.update_multi_precision([0], [weight], [weight / 3], [state])
+    return digest([weight])
+
+dense = {name: (lambda name=name: train(name)) for name in ("nag", "ftml", "adamax", "groupadagrad")}
+kinds = {"sparse": sparse, "csr": csr, "trainer": trainer, "half": half, **dense}
+expected = {name: kind() for name, kind in kinds.items()}
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+def work(seed, until):
+    rng, done = random.Random(seed), 0
+    while time.monotonic() < until:
+        name = rng.choice(list(kinds))
+        assert kinds[name]() == expected[name], name
+        done += 1
+    return done
+
+def run(seconds):
+    until = time.monotonic() + seconds
+    with ThreadPoolExecutor(8) as pool:
+        return sum(pool.map(work, range(8), [until] * 8))
+
+seconds = float(sys.argv[1])
+run(seconds / 4)  # until the allocator has what it wants
+before = resident()
+done = run(seconds * 3 / 4)
+print(json.dumps({"rounds": done, "before": before, "after": resident()}))
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_soak():
+    """Eight threads, everything mixed: memory stays flat, and each result is the serial one's."""
+    seconds = float(os.environ.get("NUMBA_OPT_SOAK", "20"))
+    found = process(SOAK, seconds, timeout=seconds * 2 + 300, NUMBA_NUM_THREADS=4)
+    print(found)
+    assert found["rounds"] > 8
+    assert found["after"] - found["before"] < 32, found
+
+
+# ---------------------------------------------------------------- without the GIL
+
+
+def _free_threaded():
+    """An interpreter without the GIL that has numba, or the reason why there is none."""
+    names = ["python3.14t", "python3.13t"]
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return sys.executable, ""
+    for python in filter(None, map(shutil.which, names)):
+        if not subprocess.run([python, "-c", "import numba"], capture_output=True, check=False).returncode:
+            return python, ""
+    return None, f"numba has wheels for cp314t, but there is no {' or '.join(names)} with numba on the path"
+
+
+def test_threads_without_the_gil():
+    python, reason = _free_threaded()
+    if python is None:
+        pytest.skip(reason)
+    script = (
+        TRAIN
+        + """
+assert not sys._is_gil_enabled()
+names = ["nag", "ftml", "adamax", "groupadagrad"] * 2
+expected = [train(name) for name in names]
+with ThreadPoolExecutor(8) as pool:
+    found = [list(pool.map(train, names)) for _ in range(5)]
+assert found == [expected] * 5
+print(json.dumps(len(found)))
+"""
+    )
+    assert process(script, python=python, PYTHON_GIL=0, NUMBA_NUM_THREADS=4) == 5
