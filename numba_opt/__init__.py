@@ -12,6 +12,7 @@ from .rmsprop import RMSProp
 from .sparse import RowSparse
 from .trainer import Trainer
 from .updater import Updater, get_updater
+from .warmup import warmup
 
 __all__ = [
     "FTML",
@@ -29,6 +30,7 @@ __all__ = [
     "get_updater",
     "lr_scheduler",
     "register",
+    "warmup",
 ]
 
 __version__ = "0.1.0"

@@ -180,7 +180,7 @@ print(json.dumps([found, helpers]))
 
 
 @POSIX
-@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+@pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
 def test_fork_after_use(layer):
     """Also where the program has entered Numba's own threads before; in the child only we run."""
     if not _has_layer(layer):
