@@ -11,6 +11,7 @@ at which that no longer shows.
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import queue
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba import types
 from numba.np.ufunc import parallel
 
 from . import cache
@@ -59,7 +61,7 @@ def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
         chunks = -(-elements // CHUNK)
         helpers = _ready(min(count(), chunks) - 1)
         steps += [partial(_jobs.put, call)] * helpers
-        steps += [call, partial(finished, progress, chunks)]
+        steps += [call, partial(_compiled(), progress, chunks)]
     steps += afterwards
     collections.deque(map(partial.__call__, steps), maxlen=0)
 
@@ -71,6 +73,14 @@ def finished(progress, chunks):  # type: ignore[no-untyped-def]
 
 
 finished = cache.compiled(finished, cache.fingerprint(finished))
+
+
+@functools.cache
+def _compiled() -> Any:
+    """`finished`, compiled: at its first call Numba would run Python, after kernels have written."""
+    waiting: Any = finished
+    waiting.compile((types.int64[::1], types.int64))
+    return waiting
 
 
 def _ready(wanted: int) -> int:
