@@ -109,22 +109,24 @@ def carry_out(
 ) -> None:
     """Make a step, wholly or, if a signal comes first, not at all; `which` says each one's row of `hyper`."""
     if fused and not work.histories:
-        jobs = _row_jobs(rule, work, hyper, which) if work.parts else []
-        number(work.bound.tables, which)
-        jobs += dense_jobs(launches(rule, work.bound.tables), hyper)
-        threads.run(jobs, [*work.bound.write_back(), *after])
+        threads.run(_jobs(rule, work, hyper, which), [*work.bound.write_back(), *after])
         return
     with interrupts.held_back():
+        jobs: list[threads.Job] = []
         if fused:
-            jobs = [_catch_up(rule, work, t) for t in work.lagging()]
-            jobs += _row_jobs(rule, work, hyper, which)
-            number(work.bound.tables, which)
-            jobs += dense_jobs(launches(rule, work.bound.tables), hyper)
-            threads.run(jobs, [*work.bound.write_back(), *after])
+            jobs = _jobs(rule, work, hyper, which)
         else:
             on_arrays(rule, work, hyper, which)
-            threads.run([], [*work.bound.write_back(), *after])
+        threads.run(jobs, [*work.bound.write_back(), *after])
         work.settle()
+
+
+def _jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
+    """The kernel calls of a step, all compiled: rows that are late, sparse gradients, dense ones."""
+    number(work.bound.tables, which)
+    late = [_catch_up(rule, work, t) for t in work.lagging()]
+    dense = dense_jobs(launches(rule, work.bound.tables), hyper)
+    return [*late, *_row_jobs(rule, work, hyper, which), *dense]
 
 
 def number(tables: Sequence[device.Table], which: Any) -> None:
