@@ -18,14 +18,17 @@ from . import execution
 from .kernels import ndarray, threads
 
 if TYPE_CHECKING:
+    from .optimizer import Optimizer
     from .trainer import Trainer
 
 
 class Binding:
-    """Those of a trainer's parameters that have gradients, as tables that are kept from step to step."""
+    """Those of a trainer's parameters that have gradients, as tables that are kept from step to step.
+
+    It does not refer to its trainer, so that a trainer's arrays are freed as soon as it is dropped.
+    """
 
     def __init__(self, trainer: Trainer, positions: list[int]) -> None:
-        self.trainer = trainer
         self.positions = positions
         self.grads: Sequence[Any] = positions  # stands for gradients, until they come
         self.request, self.stamps = trainer._request(positions, positions)
@@ -35,27 +38,28 @@ class Binding:
         self.which = [0] * len(positions)  # each parameter's group
         self.mults: tuple[Any, ...] = ({}, {})  # the optimizer's, as of which the groups are made
 
-    def step(self, rescale: float) -> bool:
+    def step(self, trainer: Trainer, rescale: float) -> bool:
         """Update the parameters; False if there was reason to skip that."""
         try:
-            return self._step(rescale)
+            return self._step(trainer, rescale)
         finally:
             self.grads = self.positions  # the caller's arrays are the caller's again
 
-    def _step(self, rescale: float) -> bool:
-        optimizer = self.trainer.optimizer
-        work = self.bind()
-        scale = self.scale(work, rescale)
+    def _step(self, trainer: Trainer, rescale: float) -> bool:
+        optimizer = trainer.optimizer
+        work = self.bind(optimizer)
+        scale = self.scale(trainer, work, rescale)
         if scale is None:
             return False
-        self.regroup()
+        as_counted = (self, optimizer.lr_mult, optimizer.wd_mult, optimizer.num_update)
+        if trainer._counted != as_counted or optimizer.param_dict:
+            self.regroup(optimizer)
         num_update = max(optimizer.num_update, 1 + max(group.count for group in self.groups))
         lr = optimizer._rate(num_update)
         hyper = [
             optimizer._hyper_row(scale, lr * group.lr_mult, optimizer.wd * group.wd_mult, group.count + 1)
             for group in self.groups
         ]
-        trainer = self.trainer
         counted = () if optimizer.param_dict else (self, *self.mults, num_update)
         after = [
             *[partial(setattr, group, "count", group.count + 1) for group in self.groups],
@@ -71,9 +75,8 @@ class Binding:
             execution.carry_out(rule, work, np.array(hyper), self.which, fused, after)
         return True
 
-    def scale(self, work: execution.Work | None, rescale: float) -> float | None:
+    def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float | None:
         """What the gradients are to be multiplied by; None if the step is to be skipped."""
-        trainer = self.trainer
         if not trainer._wants_norm:
             return rescale
         tables = self.prepared.tables if work is None else work.bound.tables
@@ -85,21 +88,17 @@ class Binding:
             return rescale * trainer.clip_global_norm / norm
         return rescale
 
-    def bind(self) -> execution.Work | None:
+    def bind(self, optimizer: Optimizer) -> execution.Work | None:
         """Get hold of the arrays: None if all are plain and `prepared` has them, else all about them."""
-        request, optimizer = self.request, self.trainer.optimizer
+        request = self.request
         plain = optimizer.use_fused_step and not self.stamps and ndarray.readable()
         if plain and self.prepared.take(self.ids, request, optimizer._rule()):
             return None
         request = request._replace(columns=[self.grads, *request.columns[1:]])
         return optimizer._assemble(*optimizer._take_sparse(request), self.stamps, self.positions)
 
-    def regroup(self) -> None:
-        """Sort the parameters by what their hyper-parameters depend on, unless that is done already."""
-        optimizer = self.trainer.optimizer
-        now = (self, optimizer.lr_mult, optimizer.wd_mult, optimizer.num_update)
-        if self.trainer._counted == now and not optimizer.param_dict:
-            return
+    def regroup(self, optimizer: Optimizer) -> None:
+        """Sort the parameters by what their hyper-parameters depend on."""
         groups: dict[tuple[float, float, int], Group] = {}
         counts = optimizer._index_update_count
         which = []

@@ -154,7 +154,7 @@ class Trainer:
         binding = self._binding(self._unfrozen(found))
         if binding is None:
             self.grad_norm = 0.0 if self._wants_norm else None
-        elif not binding.step(self.optimizer.rescale_grad / batch):
+        elif not binding.step(self, self.optimizer.rescale_grad / batch):
             self.skipped_steps += 1
         self._sums = None
 

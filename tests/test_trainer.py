@@ -8,6 +8,7 @@ import re
 import threading
 import tracemalloc
 import types
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -1059,6 +1060,26 @@ def test_gradients_are_let_go_of():
         grads.clear()
         gc.collect()
         assert len(deaths) >= 2, value
+
+
+def test_a_dropped_trainer_is_freed_at_once():
+    """No reference leads in a circle, which would keep the arrays until Python looks for such things."""
+
+    def used():
+        trainer = Trainer([np.ones((4, 3)), np.ones(2)], "ftml", clip_global_norm=1.0, skip_nonfinite=True)
+        trainer.step([np.ones((4, 3)), None])
+        trainer.accumulate([np.ones((4, 3)), np.ones(2)])
+        trainer.step()
+        trainer.step([numba_opt.RowSparse([1], np.ones((1, 3)), (4, 3)), np.ones(2)])
+        return weakref.ref(trainer), weakref.ref(trainer.optimizer)
+
+    used()  # the compiler, in its turn, leaves such circles
+    gc.collect()
+    gc.disable()
+    try:
+        assert [dropped() for dropped in used()] == [None, None]
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- for people
