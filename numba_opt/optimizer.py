@@ -158,7 +158,7 @@ class Optimizer:
                 raise TypeError(f"{name} must be a dict, got {value!r}")
         self.idx2name = dict(param_idx2name or {})
         self.param_dict = param_dict or {}
-        self.use_fused_step = self.rule is not None if use_fused_step is None else bool(use_fused_step)
+        self._use_fused_step = None if use_fused_step is None else bool(use_fused_step)
         self.lazy_update = bool(lazy_update)
         self.sparse_update = arguments.choice("sparse_update", sparse_update, ("lazy", "dense", "exact"))
         if not lazy_update and sparse_update == "lazy":
@@ -222,6 +222,15 @@ class Optimizer:
         return known[name.lower()](**kwargs)
 
     # ---------------------------------------------------------------- learning rates and multipliers
+
+    @property
+    def use_fused_step(self) -> bool:
+        """Whether `update` runs `fused_step`; by default, if there is a rule."""
+        return self.rule is not None if self._use_fused_step is None else self._use_fused_step
+
+    @use_fused_step.setter
+    def use_fused_step(self, value: bool) -> None:
+        self._use_fused_step = bool(value)
 
     @property
     def learning_rate(self) -> float:
@@ -508,7 +517,7 @@ class Optimizer:
                     raise TypeError(f"state of {self._label(index)} is {given}; expected (state, stamps)")
             stamps = {t: state[1] for t, state in enumerate(states)}
             states = [state[0] for state in states]
-        columns = [grads, weights, *self._state_columns(indices, states), *copies]
+        columns = [*map(tuple, (grads, weights, *self._state_columns(indices, states), *copies))]  # now ours
 
         def label(t: int) -> str:
             return self._label(indices[t])

@@ -369,3 +369,25 @@ def test_mxnet_style_subclass_in_an_updater():
     updater(0, np.ones(1), weight)
     assert weight[0] == 0.5
     assert updater.states[0][0] == -0.5
+
+
+def test_a_rule_that_comes_after_the_constructor():
+    """`update` is compiled for it as for any other."""
+
+    def rule(weight, grad, lr):
+        return (weight - lr * grad,)
+
+    class Late(numba_opt.Optimizer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.rule = rule
+
+        def hyper(self, lr, t):
+            return (lr,)
+
+    assert Late().use_fused_step
+    assert not Late(use_fused_step=False).use_fused_step
+    assert not numba_opt.Optimizer().use_fused_step
+    late = Late()
+    late.use_fused_step = False
+    assert not late.use_fused_step

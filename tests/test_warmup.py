@@ -53,6 +53,43 @@ def files(folder):
     return sorted(path.name for path in Path(folder).rglob("*") if path.is_file())
 
 
+# ---------------------------------------------------------------- what is kept is light to load
+
+LOGARITHM = """
+from numba_opt.kernels.scalar import exp, log
+
+class Entropic(numba_opt.Optimizer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.rule = rule
+    def hyper(self, lr, t):
+        return (lr,)
+
+def rule(weight, grad, lr):
+    return (exp(log(weight) - lr * grad),)
+
+if sys.argv[1] == "missing":
+    import llvmlite.binding
+    llvmlite.binding.address_of_symbol = lambda name: None
+weight = np.linspace(0.1, 2, 40)
+optimizer = Entropic()
+optimizer.update([0], [weight], [weight - 1], [optimizer.create_state(0, weight)])
+heavy = "numba.np.linalg" in sys.modules
+print(json.dumps([compiled, heavy, weight.tolist()]))
+"""
+
+
+def test_kept_kernels_find_the_functions_that_they_call(tmp_path):
+    """Numba's registries, which take long to load, come in only where a kernel calls what nobody knows."""
+    compiled, _, expected = process(LOGARITHM, "all", NUMBA_CACHE_DIR=tmp_path)
+    assert compiled
+    for symbols in ("all", "missing"):
+        compiled, heavy, weight = process(LOGARITHM, symbols, NUMBA_CACHE_DIR=tmp_path)
+        assert (compiled, weight) == ([], expected)
+        assert heavy == (symbols == "missing")
+    assert any(name.startswith("dense-rule-") for name in files(tmp_path))
+
+
 # ---------------------------------------------------------------- nothing is left to compile
 
 EVERYTHING = """

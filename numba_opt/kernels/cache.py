@@ -14,7 +14,7 @@ import itertools
 import os
 import pickle
 import platform
-import tempfile
+import secrets
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,7 @@ import numba
 import numpy
 from numba import njit
 from numba.core import bytecode, caching, serialize
+from numba.core.runtime import rtsys
 from numba.misc.appdirs import AppDirs
 
 # No fastmath anywhere: it breaks NaN. The "numpy" error model lets loops with divisions vectorise
@@ -35,14 +36,15 @@ OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 
 
-def compiled(function: Callable[..., Any], *key: Any, **options: Any) -> Any:
+def compiled(function: Callable[..., Any], *key: Any, name: str = "", **options: Any) -> Any:
     """`function` as a Numba kernel that is looked up on disk before it is compiled.
 
-    `key` must tell apart all that the function may have captured; see `fingerprint` for rules.
+    `key` must tell apart all that the function may have captured; see `fingerprint` for rules. `name` is for
+    people who look into the cache's folder.
     """
     options = OPTIONS | options
     dispatcher = njit(**options)(function)
-    dispatcher._cache = KernelCache(function.__qualname__.split(".")[0], (key, sorted(options.items())))
+    dispatcher._cache = KernelCache(name or function.__name__, (key, sorted(options.items())))
     return dispatcher
 
 
@@ -57,7 +59,7 @@ class KernelCache(caching.NullCache):
     """One kernel's place on disk, in the form that Numba's dispatcher asks for."""
 
     def __init__(self, name: str, key: Any) -> None:
-        self.name = name
+        self.name = "".join(c for c in name if c.isalnum() or c in "-_")  # that of a lambda is no file's
         self.key = key
 
     @property
@@ -67,13 +69,16 @@ class KernelCache(caching.NullCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled kernel, or None if there is none that is whole."""
         try:
-            target_context.refresh()
             path = self._path(sig, target_context.codegen())
             self._count_from(path)
             content = path.read_bytes()
             if content[:32] != _digest(content[32:]):
                 return None
-            return caching.CompileResultCacheImpl.rebuild(None, target_context, pickle.loads(content[32:]))
+            externals, payload = pickle.loads(content[32:])
+            rtsys.initialize(target_context)
+            if not all(map(llvmlite.binding.address_of_symbol, externals)):
+                target_context.refresh()  # 0.3 s, of which most kernels need nothing
+            return caching.CompileResultCacheImpl.rebuild(None, target_context, payload)
         except Exception:  # whatever is wrong with an entry, compiling again is the cure
             return None
 
@@ -92,17 +97,15 @@ class KernelCache(caching.NullCache):
         """Keep a compiled kernel, if there is a place for it."""
         try:
             path = self._path(sig, data.codegen)
-            content = serialize.dumps(caching.CompileResultCacheImpl.reduce(None, data))
+            payload = caching.CompileResultCacheImpl.reduce(None, data)
+            content = serialize.dumps((_externals(data.library), payload))
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-                try:
-                    file.write(_digest(content) + content)
-                    file.close()
-                    os.replace(file.name, path)
-                except BaseException:
-                    file.close()
-                    os.unlink(file.name)
-                    raise
+            unfinished = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
+            try:
+                unfinished.write_bytes(_digest(content) + content)
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
         except Exception:  # a full disk, a read-only home
             return
 
@@ -110,6 +113,13 @@ class KernelCache(caching.NullCache):
         machine = (str(sig), codegen.magic_tuple(), platform.python_version(), platform.machine())
         versions = (numba.__version__, llvmlite.__version__, numpy.__version__)
         return folder() / f"{self.name}-{_digest(repr((self.key, machine, versions)).encode()).hex()}.nbc"
+
+
+def _externals(library: Any) -> list[str]:
+    """The names of what a kernel's machine code looks for elsewhere in the process."""
+    module = library._final_module
+    names = [value.name for value in (*module.functions, *module.global_variables) if value.is_declaration]
+    return [name for name in names if not name.startswith("llvm.")]
 
 
 def _digest(content: bytes) -> bytes:

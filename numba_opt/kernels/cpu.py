@@ -70,9 +70,8 @@ def dense(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) ->
     line and its length; `progress` two int64 zeros, for the chunks claimed and the chunks done.
     """
     span = (_row_span if per_row else _element_span)(rule, n_state, layout)
-    return _over_chunks(
-        span, (cache.fingerprint(rule), n_state, per_row, layout), compute_dtype(layout.split()[1])
-    )
+    key = (cache.fingerprint(rule), n_state, per_row, layout)
+    return _over_chunks(span, f"dense-{rule.__name__}", key, compute_dtype(layout.split()[1]))
 
 
 def compute_dtype(weight: str) -> np.dtype:
@@ -249,10 +248,11 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
                 gather(entry, k, width, grad)
                 step(array, hyper[row + recorded], width, r, 0)
 
-    return _over_chunks(span, (cache.fingerprint(rule), n_state, per_row, layout, form, exact), real)
+    key = (cache.fingerprint(rule), n_state, per_row, layout, form, exact)
+    return _over_chunks(span, f"rows-{rule.__name__}", key, real)
 
 
-def _over_chunks(span: Callable[..., Any], key: tuple[Any, ...], real: np.dtype) -> Any:
+def _over_chunks(span: Callable[..., Any], name: str, key: tuple[Any, ...], real: np.dtype) -> Any:
     """The kernel in which threads claim chunks of the long line and call `span` for each tensor's part."""
 
     def kernel(table, offsets, hyper, progress):
@@ -272,7 +272,7 @@ def _over_chunks(span: Callable[..., Any], key: tuple[Any, ...], real: np.dtype)
                 t += 1
             fetch_add(progress, 1, 1)
 
-    compiled = cache.compiled(kernel, span.__qualname__, *key)
+    compiled = cache.compiled(kernel, span.__qualname__, *key, name=name)
     line = types.int64[::1]
     compiled.compile((types.uint64[:, ::1], line, from_dtype(real)[:, ::1], line))
     compiled.disable_compile()
@@ -300,4 +300,4 @@ def squares(code: str) -> Any:
                 total = add(total, value * value)
             partial[chunk, 0] += total
 
-    return _over_chunks(span, (cache.fingerprint(span), code), np.dtype(np.float64))
+    return _over_chunks(span, "squares", (cache.fingerprint(span), code), np.dtype(np.float64))

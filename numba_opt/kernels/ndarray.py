@@ -211,8 +211,11 @@ def _known(_: bool) -> np.ndarray:
 
 @functools.cache
 def readable() -> bool:
-    """Whether array objects are laid out as this file says, tried on a few of them."""
-    if np.dtype(np.uintp).itemsize != 8:
+    """Whether array objects are laid out as this file says, tried on a few of them.
+
+    Without the GIL another thread might change an object while it is read.
+    """
+    if np.dtype(np.uintp).itemsize != 8 or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return False
     for kind, dtype in enumerate(dtypes()):
         weight, grad, history = np.zeros((3, 5), dtype), np.zeros((3, 5), dtype), np.zeros((3, 1), dtype)

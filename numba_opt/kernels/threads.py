@@ -86,10 +86,11 @@ def _compiled() -> Any:
 def _ready(wanted: int) -> int:
     """Have `wanted` helpers; they sleep until there is a job."""
     global _helpers
-    while _helpers < wanted:
+    if _helpers < wanted:
         with _starting:
-            _helpers += 1
-        threading.Thread(target=_help, args=(_jobs,), name="numba_opt", daemon=True).start()
+            while _helpers < wanted:
+                threading.Thread(target=_help, args=(_jobs,), name="numba_opt", daemon=True).start()
+                _helpers += 1
     return max(wanted, 0)
 
 
