@@ -91,7 +91,7 @@ def bind(request: Request) -> Bound:
     columns = request.columns
     replaced: list[tuple[np.ndarray, np.ndarray]] = []
     found = ndarray.read(columns, request.n_state, request.per_row) if ndarray.readable() else None
-    if found is None or request.apart or request.stamps or not fit(found, request.n_state):
+    if found is None or not _fit_apart(found, request):
         columns, replaced = _one_by_one(request)
         found = _ask(columns)
     return Bound(tables(found, request.n_state), found, columns, replaced)
@@ -102,6 +102,28 @@ def fit(found: ndarray.Survey, n_state: int) -> bool:
     columns = found.bytes.shape[1]
     known = all(layout_of(code, columns, n_state) for code in set(found.codes.tolist()))
     return known and not ndarray.overlapping(found)
+
+
+def _fit_apart(found: ndarray.Survey, request: Request) -> bool:
+    """`fit`, where some gradients come another way and some parameters have stamps."""
+    if not request.apart and not request.stamps:
+        return fit(found, request.n_state)
+    columns = found.bytes.shape[1]
+    codes = found.codes.tolist()
+    if any((code & ndarray.ABSENT == ndarray.ABSENT) != (t in request.apart) for t, code in enumerate(codes)):
+        return False
+    own = {code if code & ndarray.ABSENT != ndarray.ABSENT else _like_weight(code) for code in codes}
+    if not all(layout_of(code, columns, request.n_state) for code in own):
+        return False
+    for t, stamps in request.stamps.items():
+        _check_stamps(stamps, f"stamps of {request.label(t)}", request.columns[1][t].shape[:1] or (1,))
+    read = [array for arrays in request.apart.values() for array in arrays]
+    return not ndarray.overlapping(found, read, list(request.stamps.values()))
+
+
+def _like_weight(code: int) -> int:
+    """The code of a tensor without a gradient, as if it had one of the weight's dtype."""
+    return code - ndarray.ABSENT + (code >> ndarray.BITS & ndarray.ABSENT)
 
 
 def tables(found: ndarray.Survey, n_state: int) -> list[Table]:
@@ -126,6 +148,8 @@ def layout_of(code: int, columns: int, n_state: int) -> str:
     numbers = [code >> (ndarray.BITS * c) & ndarray.ABSENT for c in range(columns)]
     if numbers[-1] == ndarray.ABSENT:
         numbers.pop()
+    if ndarray.ABSENT in numbers:
+        return ""
     grad, weight, *rest = (ndarray.CODES[number] for number in numbers)
     states, copy = rest[:n_state], rest[n_state:]
     fits = grad in gradients_for(weight, *copy) and all(state == weight for state in states)

@@ -72,6 +72,7 @@ class RowSparse:
         if not self.shape:
             raise ValueError(f"shape must be of at least one dimension, got {shape!r}")
         _check_block(self, "RowSparse")
+        _check_numbers(self.rows, "rows of RowSparse", self.shape[0])
 
     @classmethod
     def from_csr(cls, matrix: Any, what: str = "matrix") -> RowSparse:
@@ -153,6 +154,7 @@ def joined(sum_so_far: Any, grad: Any, weight: Any, what: str) -> Any:
     if not isinstance(grad, RowSparse):
         grad = RowSparse.from_csr(_as_csr(grad, what), what)
     _check_block(grad, what)
+    _check_numbers(grad.rows, f"rows of {what}", grad.shape[0])
     with np.errstate(all="ignore"):
         rows, values = grad.rows.astype(np.int64), grad.values.astype(weight.dtype)
     if sum_so_far is None:
@@ -245,7 +247,7 @@ def _check_numbers(numbers: np.ndarray, what: str, limit: int) -> None:
 
 
 def _check_block(grad: RowSparse, what: str) -> None:
-    """Refuse row numbers that are not whole numbers, and values of another shape."""
+    """Refuse row numbers that are not integers, and values of another shape."""
     rows = _plain(grad.rows, f"rows of {what}", "iu")
     values = _plain(grad.values, f"values of {what}", "fV")
     if rows.ndim != 1:
@@ -253,7 +255,6 @@ def _check_block(grad: RowSparse, what: str) -> None:
     expected = (len(rows), *grad.shape[1:])
     if values.shape != expected:
         raise ValueError(f"values of {what} have shape {values.shape}; expected {expected}")
-    _check_numbers(rows, f"rows of {what}", grad.shape[0])
 
 
 def _block_parts(grad: RowSparse, what: str) -> Parts:
@@ -261,8 +262,11 @@ def _block_parts(grad: RowSparse, what: str) -> Parts:
     values = _stored(grad.values)
     rows = np.ascontiguousarray(grad.rows, np.int64)
     form = f"block {device.code_of(values.dtype)}"
-    if merge.look(rows, grad.shape[0]) == merge.GOOD:
+    order = merge.look(rows, grad.shape[0])
+    if order == merge.GOOD:
         return Parts(form, values, rows, None, None)
+    if order == merge.BAD:
+        _check_numbers(grad.rows, f"rows of {what}", grad.shape[0])
     touched, starts, order = merge.group(rows, grad.shape[0])
     return Parts(form, values, touched, starts, order)
 

@@ -85,8 +85,9 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
     """Read the arrays of a call into a `Survey`, and say whether that changed it.
 
     `objects` holds the ids of array objects, one row each for the gradients, the weights, each state and
-    perhaps for copies of the weights, where `none` is the id of an absent one. The answer is SAME; MOVED if
-    only addresses changed; CHANGED; or STRANGE if any array is not plain or has another shape than it should.
+    perhaps for copies of the weights; `none` is the id of an absent gradient or copy. The answer is SAME;
+    MOVED if only addresses changed; CHANGED; or STRANGE if any array is not plain or has another shape than
+    it should.
     """
     columns, tensors = objects.shape
     answer = SAME
@@ -104,7 +105,7 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
         code = 0
         for c in range(columns):
             array = objects[c, t]
-            if c == 2 + n_state and array == none:
+            if array == none and (c == 0 or c == 2 + n_state):
                 code |= ABSENT << (BITS * c)
                 continue
             kind = dtype_of(array, known, C_CONTIGUOUS | ALIGNED | (WRITEABLE if c > 0 else 0))
@@ -134,24 +135,21 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
     return answer
 
 
-def clash(addresses, bytes, order):
-    """Whether an array that is written shares memory with any other, all of them in order of address.
+def clash(starts, lengths, written, order):
+    """Whether memory that is written is shared with any other; `order` sorts the pieces by address.
 
-    Gradients (column 0) are only read and may share memory with one another.
+    Pieces that are only read may share memory with one another.
     """
-    columns = bytes.shape[1]
-    read = written = uint64(0)  # where the arrays so far end
+    read_to = written_to = uint64(0)  # where the pieces so far end
     for k in order:
-        t, c = k // columns, k % columns
-        if bytes[t, c] == 0:
+        if lengths[k] == 0:
             continue
-        start = addresses[t, c]
-        stop = start + uint64(bytes[t, c])
-        if start < written or (c > 0 and start < read):
+        stop = starts[k] + uint64(lengths[k])
+        if starts[k] < written_to or (written[k] and starts[k] < read_to):
             return True
-        read = max(read, stop)
-        if c > 0:
-            written = max(written, stop)
+        read_to = max(read_to, stop)
+        if written[k]:
+            written_to = max(written_to, stop)
     return False
 
 
@@ -186,9 +184,22 @@ def read(columns: Sequence[Sequence[Any]], n_state: int, per_row: bool) -> Surve
 NONE = np.uint64(id(None))
 
 
-def overlapping(found: Survey) -> bool:
-    """Whether an array that will be written shares memory with any other."""
-    return clash(found.addresses, found.bytes, np.argsort(found.addresses[:, :-2], axis=None))
+def overlapping(found: Survey, read: Sequence[np.ndarray] = (), written: Sequence[np.ndarray] = ()) -> bool:
+    """Whether an array that will be written, a contiguous one like all others, shares memory with another."""
+    tensors, columns = found.bytes.shape
+    starts, lengths = found.addresses[:, :-2].ravel(), found.bytes.ravel()
+    marks = _marks(tensors, columns)  # gradients are only read
+    if read or written:
+        more = [*read, *written]
+        starts = np.append(starts, np.array([array.ctypes.data for array in more], np.uint64))
+        lengths = np.append(lengths, [array.nbytes for array in more])
+        marks = np.append(marks, [False] * len(read) + [True] * len(written))
+    return clash(starts, lengths, marks, np.argsort(starts))
+
+
+@functools.lru_cache(maxsize=64)
+def _marks(tensors: int, columns: int) -> np.ndarray:
+    return np.tile(np.arange(columns) > 0, tensors)
 
 
 def dtypes() -> list[np.dtype]:
