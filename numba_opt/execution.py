@@ -223,9 +223,11 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[
             stamps = work.stamps[t].ctypes.data if exact else 0
             recorded = work.histories[t].recorded if exact else 0
             head = [_address(array) for array in (parts.data, parts.rows, parts.starts, parts.places)]
+            size = 0 if parts.places is None else parts.places.itemsize
             row = 0 if exact else int(which[t])
-            entries.append([*head, stamps, recorded, *_own(rule, layout, arrays), row])
-            elements.append(elements[-1] + len(parts.rows) * int(arrays[-2]))
+            count = len(parts.rows)
+            entries.append([*head, stamps, recorded, count, size, *_own(rule, layout, arrays), row])
+            elements.append(elements[-1] + parts.lines * int(arrays[-2]))
         rows = np.array(hyper, real) if own is None else work.histories[own].with_current(hyper[which[own]])
         kernel = cpu.rows(*rule, layout, form, exact)
         table = np.array(entries, np.uint64)
@@ -236,7 +238,8 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[
 def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
     """The kernel call that brings all rows of a parameter up to date."""
     history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(work, t)
-    entry = [0, 0, 0, 0, work.stamps[t].ctypes.data, history.recorded, *_own(rule, layout, arrays), 0]
+    stamps = work.stamps[t].ctypes.data
+    entry = [0, 0, 0, 0, stamps, history.recorded, 0, 0, *_own(rule, layout, arrays), 0]
     elements = int(work.bound.found.sizes[t])
     kernel = cpu.rows(*rule, layout, "none", True)
     table, offsets = np.array([entry], np.uint64), np.array([0, elements], np.int64)

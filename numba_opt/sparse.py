@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import arguments, device
-from .kernels import merge
+from .kernels import cpu, merge, threads
 
 __all__ = ["RowSparse"]
 
@@ -117,6 +117,12 @@ class Parts(NamedTuple):
     rows: np.ndarray  # the touched ones, once each, in order
     starts: np.ndarray | None  # of each touched row's parts among the places, and the end
     places: np.ndarray | None  # of the parts: rows of the block, or columns
+
+    @property
+    def lines(self) -> int:
+        """How many rows' worth of work there is: a block's parts, or touched rows."""
+        grouped = self.form.startswith("block") and self.places is not None
+        return len(self.places) if grouped else len(self.rows)  # type: ignore[arg-type]
 
     def arrays(self) -> list[np.ndarray]:
         """All arrays whose addresses a kernel gets."""
@@ -273,20 +279,22 @@ def _block_parts(grad: RowSparse, what: str) -> Parts:
 
 def _csr_parts(matrix: Any, what: str) -> Parts:
     height, width = matrix.shape
-    count = _check_compressed(matrix, what, height, width)
+    count, even = _check_compressed(matrix, what, height, width)
     indices, indptr = np.ascontiguousarray(matrix.indices), np.ascontiguousarray(matrix.indptr)
     entries = int(indptr[-1])
     data = _stored(matrix.data[:entries])
     rows, starts = merge.touched_csr(indptr, count)
     code = device.code_of(data.dtype)
-    full = width > 0 and entries == count * width and bool((np.diff(starts) == width).all())
-    if full and merge.look_columns(indices, entries, width, True) == merge.GOOD:
+    if even and entries == count * width and bool((np.diff(starts) == width).all()):
         return Parts(f"block {code}", data, rows, None, None)
-    return Parts(f"csr i{indices.itemsize} {code}", data, rows, starts, indices)
+    return Parts(f"csr {code}", data, rows, starts, indices)
 
 
-def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> int:
-    """Refuse numbers in a matrix by rows (or columns) that lead outside; says how many hold an entry."""
+def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> tuple[int, bool]:
+    """Refuse numbers in a matrix by rows (or columns) that lead outside.
+
+    Returns how many rows hold an entry, and whether the entries' columns are those of full rows.
+    """
     data = _plain(matrix.data, f"data of {what}", "fV")
     indices = _plain(matrix.indices, f"indices of {what}", "i")
     indptr = _plain(matrix.indptr, f"indptr of {what}", "i")
@@ -306,9 +314,22 @@ def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> int:
     if count < 0:
         raise ValueError(_what_is_wrong(indptr, data, indices, what))
     used = np.ascontiguousarray(indices[: int(indptr[-1])])
-    if merge.look_columns(used, len(used), minor, False) == merge.BAD:
+    order = _look_at_columns(used, minor)
+    if order == merge.BAD:
         _check_numbers(used, f"indices of {what}", minor)
-    return int(count)
+    return int(count), order == merge.GOOD
+
+
+def _look_at_columns(columns: np.ndarray, width: int) -> int:
+    """GOOD if they run from 0 to the width in each row, UNSORTED if they don't, BAD if one leads outside."""
+    if not len(columns) or not width:
+        return merge.BAD if len(columns) else merge.GOOD
+    table = np.array([[columns.ctypes.data, width, 0]], np.uint64)
+    found = np.zeros((-(-len(columns) // threads.CHUNK), 1))
+    offsets = np.array([0, len(columns)], np.int64)
+    kernel = cpu.columns(f"i{columns.itemsize}")
+    threads.run([(kernel, (table, offsets, found), len(columns))])
+    return int(found.max())
 
 
 def _what_is_wrong(indptr: np.ndarray, data: np.ndarray, indices: np.ndarray, what: str) -> str:

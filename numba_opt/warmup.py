@@ -211,7 +211,9 @@ def _kernels(variants: Sequence[Variant], codes: Sequence[str], sparse: bool) ->
     yield from (Kernel(name, ()) for name in HELPERS)
     if sparse:
         yield Kernel("merge rows", ())
-        yield from (Kernel("merge csr", (size,)) for size in (4, 8))
+        for size in (4, 8):
+            yield Kernel("merge csr", (size,))
+            yield Kernel("columns", (f"i{size}",))
     yield from (Kernel("squares", (code,)) for code in codes)
     if sparse and set(codes) & set(HALF):  # sums of half-precision parts are float32
         yield Kernel("squares", ("f4",))
@@ -231,7 +233,7 @@ def _of_rule(optimizer: Optimizer, code: str, copied: bool, sparse: bool) -> Ite
         yield Kernel("dense", (*rule, f"{grad} {own}"))
     if sparse and optimizer.sparse_update != "dense":
         exact = optimizer.sparse_update == "exact"
-        for form in (f"block {code}", f"csr i4 {code}", f"csr i8 {code}", *(["none"] if exact else [])):
+        for form in (f"block {code}", f"csr {code}", *(["none"] if exact else [])):
             yield Kernel("rows", (*rule, own, form, exact))
 
 
@@ -257,9 +259,8 @@ def _merge_rows() -> None:
 
 
 def _merge_csr(size: int) -> None:
-    indptr, indices = np.array([0, 1], f"i{size}"), np.zeros(1, f"i{size}")
+    indptr = np.array([0, 1], f"i{size}")
     merge.touched_csr(indptr, merge.look_csr(indptr, 1))
-    merge.look_columns(indices, 1, 1, True)
 
 
 HELPERS = ("read arrays", "share work")
@@ -269,6 +270,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "share work": _share_work,
     "merge rows": _merge_rows,
     "merge csr": _merge_csr,
+    "columns": cpu.columns,
     "squares": cpu.squares,
     "dense": cpu.dense,
     "rows": cpu.rows,

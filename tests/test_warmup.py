@@ -323,8 +323,7 @@ def test_an_instance_means_itself():
     assert layouts(numba_opt.NAG(sparse_update="exact"), "float64") == [
         ("dense", "f8 f8 f8"),
         ("rows", "f8 f8", "block f8", True),
-        ("rows", "f8 f8", "csr i4 f8", True),
-        ("rows", "f8 f8", "csr i8 f8", True),
+        ("rows", "f8 f8", "csr f8", True),
         ("rows", "f8 f8", "none", True),
     ]
 

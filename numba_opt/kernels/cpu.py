@@ -26,6 +26,7 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from . import cache
 from .elements import add, fetch_add, load, pointers, prefetch, prepare, store
+from .merge import BAD, GOOD, UNSORTED
 from .threads import CHUNK
 
 # Lines too long for the caches are fetched ahead by hand: the processor's own prefetching does not hide the
@@ -36,7 +37,7 @@ BLOCK, AHEAD = 128, 512  # elements: what is fetched at a time, and how far ahea
 LINE = 16  # elements of float32 in a cache line
 NEXT = 8  # how many touched rows ahead the next one to fetch is
 
-HEADER = 6  # numbers before the addresses of arrays, in the table of `rows`
+HEADER = 8  # numbers before the addresses of arrays, in the table of `rows`
 
 prepare = register_jitable(prepare)
 
@@ -175,20 +176,20 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     """The kernel that applies a rule to the rows that sparse gradients touch.
 
     ``kernel(table, offsets, hyper, progress)`` as in `dense`, where a tensor's part of the long line is its
-    touched rows. A row of the table begins with HEADER numbers: the addresses of the gradient's numbers, of
-    the touched rows' numbers, of where each one's parts begin, of the parts' places, and of the rows'
-    stamps, and how many steps have been recorded; then come the weight, the states and perhaps the copy,
+    touched rows, or the parts of a block. A row of the table begins with HEADER numbers: the addresses of the
+    gradient's numbers, of the touched rows' numbers, of where each one's parts begin, of the parts' places,
+    and of the rows' stamps; how many steps have been recorded, how many rows are touched, and the bytes of a
+    place; then come the weight, the states and perhaps the copy,
     the length of rows and the first row of hyper-parameters.
 
     The form says what a part is: ``"block f4"``, a whole row at some place of a block of float32 (without
-    places: each touched row has one part, at its own number); ``"csr i4 f4"``, a number with its column;
+    places: each touched row has one part, at its own number); ``"csr f4"``, a number with its column;
     ``"none"``, no gradient at all. A row's parts are summed in their order, so that nothing depends on who
     does it. With `exact`, a row first catches up with the steps recorded since its stamp, as a dense
     optimizer would have taken them with a zero gradient.
     """
     kind, *codes = form.split()
     code = codes[-1] if codes else layout.split()[0]
-    place = codes[0] if kind == "csr" else "i8"
     real = compute_dtype(layout.split()[0])
     number = "f8" if real.itemsize == 8 else "f4"
     step = row_step(rule, n_state, per_row, f"{number} {layout}")
@@ -197,26 +198,57 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     wide = 1 if per_row else n_array  # of the arrays, those with whole rows
 
     @register_jitable
-    def gather(entry, k, width, grad):
+    def add_entries(sums, source, columns, begin, end):
+        for p in range(begin, end):
+            j = np.uintp(load(columns, np.uintp(p))[0])
+            store(sums, j, (load(sums, j)[0] + real.type(load(source, np.uintp(p))[0]),))
+
+    @register_jitable
+    def gather(entry, k, width, sums):
         source = pointers((entry[0],), code)
-        starts = pointers((entry[2],), "i8")
-        places = pointers((entry[3],), place)
         if block and entry[2] == 0:
             for j in range(np.uintp(width)):
-                grad[j] = load(source, np.uintp(k * width) + j)[0]
-        elif block:
-            begin, end = load(starts, np.uintp(k))[0], load(starts, np.uintp(k + 1))[0]
+                store(sums, j, load(source, np.uintp(k * width) + j))
+            return
+        starts = pointers((entry[2],), "i8")
+        begin, end = load(starts, np.uintp(k))[0], load(starts, np.uintp(k + 1))[0]
+        if block:
+            places = pointers((entry[3],), "i8")
+            last = load(starts, np.uintp(entry[6]))[0] - 1
+            for p in range(begin, end):
+                first = np.uintp(load(places, np.uintp(min(p + NEXT, last)))[0] * width)
+                for i in range(first, first + np.uintp(width), LINE):
+                    prefetch(source, i)
             first = np.uintp(load(places, np.uintp(begin))[0] * width)
             for j in range(np.uintp(width)):
-                grad[j] = load(source, first + j)[0]
+                store(sums, j, load(source, first + j))
             for p in range(begin + 1, end):
                 first = np.uintp(load(places, np.uintp(p))[0] * width)
                 for j in range(np.uintp(width)):
-                    grad[j] += real.type(load(source, first + j)[0])
+                    store(sums, j, (load(sums, j)[0] + real.type(load(source, first + j)[0]),))
         elif sparse:
-            grad[:] = 0
-            for p in range(load(starts, np.uintp(k))[0], load(starts, np.uintp(k + 1))[0]):
-                grad[load(places, np.uintp(p))[0]] += real.type(load(source, np.uintp(p))[0])
+            for j in range(np.uintp(width)):
+                store(sums, j, (real.type(0),))
+            if entry[7] == 4:
+                add_entries(sums, source, pointers((entry[3],), "i4"), begin, end)
+            else:
+                add_entries(sums, source, pointers((entry[3],), "i8"), begin, end)
+
+    @register_jitable
+    def row_at(entry, element, width):
+        """The first touched row that begins at or after an element of a tensor's part of the line."""
+        first = ceildiv(element, width)
+        if not block or entry[2] == 0:
+            return first
+        starts = pointers((entry[2],), "i8")  # rows with many parts do not weigh on one thread alone
+        low, high = np.int64(0), np.int64(entry[6])
+        while low < high:
+            middle = (low + high) // 2
+            if load(starts, np.uintp(middle))[0] < first:
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     @register_jitable
     def span(entry, hyper, start, stop, chunk, far):
@@ -230,8 +262,8 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
         direct = pointers((entry[0],), code) + rest
         touched = pointers((entry[1],), "i8")
         stamps = pointers((entry[4],), "i8")
-        end = ceildiv(stop, width)
-        for k in range(ceildiv(start, width), end):
+        end = row_at(entry, stop, width)
+        for k in range(row_at(entry, start, width), end):
             r = k if entry[1] == 0 else load(touched, np.uintp(k))[0]
             if entry[1] != 0 and k + NEXT < end:  # rows come in no order that the processor could foresee
                 first = np.uintp(load(touched, np.uintp(k + NEXT))[0])
@@ -245,7 +277,7 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
             if block and code == number and entry[2] == 0:
                 step(direct, hyper[row + recorded], width, r, k)
             elif block or sparse:
-                gather(entry, k, width, grad)
+                gather(entry, k, width, array[:1])
                 step(array, hyper[row + recorded], width, r, 0)
 
     key = (cache.fingerprint(rule), n_state, per_row, layout, form, exact)
@@ -277,6 +309,34 @@ def _over_chunks(span: Callable[..., Any], name: str, key: tuple[Any, ...], real
     compiled.compile((types.uint64[:, ::1], line, from_dtype(real)[:, ::1], line))
     compiled.disable_compile()
     return compiled
+
+
+@functools.cache
+def columns(code: str) -> Any:
+    """The kernel that looks at the columns of a CSR matrix's entries, stored as `code` says.
+
+    ``kernel(table, offsets, found, progress)`` writes to each chunk's place in a column of zeros: BAD if a
+    column is not within the width, else UNSORTED if the columns do not run from 0 to the end in each row of
+    the width's length, else GOOD. The table's row has the entries' address and the width.
+    """
+    whole = np.int32 if code == "i4" else np.int64
+
+    @register_jitable
+    def span(entry, found, start, stop, chunk, far):
+        array = pointers((entry[0],), code)
+        width = np.int64(entry[-2])
+        outside = uneven = False
+        first = start - start % width
+        while first < stop:
+            low, high = max(first, start), min(first + width, stop)
+            for p in range(np.uintp(low), np.uintp(high)):
+                column = load(array, p)[0]
+                outside |= (column < whole(0)) | (column >= whole(width))
+                uneven |= column != whole(p - np.uintp(first))
+            first += width
+        found[chunk, 0] = BAD if outside else UNSORTED if uneven else GOOD
+
+    return _over_chunks(span, "columns", (cache.fingerprint(span), code), np.dtype(np.float64))
 
 
 @functools.cache

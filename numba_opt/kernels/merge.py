@@ -7,6 +7,7 @@ These kernels also look for numbers that would lead outside an array. They only 
 from __future__ import annotations
 
 import numpy as np
+from numba.extending import register_jitable
 
 from . import cache
 
@@ -31,6 +32,8 @@ def group(rows, height):
     Returns the touched rows, where each one's places begin in the order (and where the last one's end),
     and the order.
     """
+    if height <= 4 * rows.size:
+        return group_by_counting(rows, height)
     n = rows.size
     order, keys = np.arange(n), rows.copy()
     next_order, next_keys = np.empty_like(order), np.empty_like(keys)
@@ -60,6 +63,31 @@ def group(rows, height):
     return touched[:k].copy(), starts[: k + 1].copy(), order
 
 
+@register_jitable
+def group_by_counting(rows, height):
+    """The same with a counter for each row there is: four times as fast where these are not too many."""
+    n = rows.size
+    ends = np.zeros(height, np.int64)
+    for i in range(n):
+        ends[rows[i]] += 1
+    touched, starts = np.empty(min(n, height), np.int64), np.empty(min(n, height) + 1, np.int64)
+    order = np.empty(n, np.int64)
+    k = total = 0
+    for r in range(height):
+        if ends[r]:
+            touched[k] = r
+            starts[k] = total
+            k += 1
+        count = ends[r]
+        ends[r] = total
+        total += count
+    starts[k] = n
+    for i in range(n):
+        order[ends[rows[i]]] = i
+        ends[rows[i]] += 1
+    return touched[:k].copy(), starts[: k + 1].copy(), order
+
+
 def look_csr(indptr, available):
     """How many rows of a CSR matrix hold an entry; -1 if `indptr` leads outside or runs backwards."""
     bad = indptr[0] != 0
@@ -82,19 +110,6 @@ def touched_csr(indptr, count):
     return rows[:count].copy(), starts
 
 
-def look_columns(indices, entries, width, full):
-    """GOOD if columns are within the width and, where `full`, run from 0 to the end in each row."""
-    bad = unsorted = False
-    for p in range(entries):
-        bad |= (indices[p] < 0) | (indices[p] >= width)
-    if full:
-        for first in range(0, entries, width):
-            for j in range(width):
-                unsorted |= indices[first + j] != j
-    return BAD if bad else UNSORTED if unsorted or not full else GOOD
-
-
-look, group, look_csr, touched_csr, look_columns = (
-    cache.compiled(function, cache.fingerprint(function))
-    for function in (look, group, look_csr, touched_csr, look_columns)
+look, group, look_csr, touched_csr = (
+    cache.compiled(function, cache.fingerprint(function)) for function in (look, group, look_csr, touched_csr)
 )
