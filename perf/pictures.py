@@ -90,8 +90,11 @@ def _panels(count: int, columns: int, size: tuple[float, float], title: str) -> 
     return figure, list(panels)
 
 
-def _legend(figure: Any, panels: Sequence[Any]) -> None:
-    """One for all panels."""
+def _legend(figure: Any, panels: Sequence[Any], below: str) -> None:
+    """One for all panels, below what their horizontal axes say."""
+    for axes in panels:
+        if axes.get_subplotspec().is_last_row():
+            axes.set_xlabel(below, fontsize=9, color=TEXT)
     handles: dict[str, Any] = {}
     for axes in panels:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -130,9 +133,8 @@ def _dense(known: Mapping[str, Result], title: str) -> Any:
             points = [(r.workload.elements, r.speed(name)) for r in some if name in r.samples]
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4, markersize=5, **style)
-    figure.supxlabel("elements", fontsize=9, color=TEXT)
     figure.supylabel("GB/s of the bytes that must be moved", fontsize=9, color=TEXT)
-    _legend(figure, panels)
+    _legend(figure, panels, "elements")
     return figure
 
 
@@ -173,6 +175,5 @@ def _dots(
                 axes.plot(*zip(*points, strict=True), label=competitor, linestyle="", markersize=6, **look)
         axes.set_yticks(range(len(shown)), shown)
         axes.set_ylim(len(shown) - 0.5, -0.5)
-    figure.supxlabel("times as long as the bare kernel", fontsize=9, color=TEXT)
-    _legend(figure, panels)
+    _legend(figure, panels, "times as long as the bare kernel")
     return figure
