@@ -21,11 +21,12 @@ from .workloads import Workload
 
 SHORTEST = 500e-6  # seconds of one sample; quicker steps are repeated, all others once
 WARM = 4_000_000  # bytes; a step that moves less is timed with its data in the caches
+SLOW = 10  # times as long as the shortest one: such samples are taken in the fewest rounds alone
 PATIENCE = 30.0  # seconds after which the fewest rounds need not be full
 
 
 class Effort(NamedTuple):
-    """Rounds go on for so many seconds, but for no more and no fewer than so many rounds."""
+    """Rounds go on for so many seconds, but for no fewer and no more than so many rounds."""
 
     seconds: float
     fewest: int
@@ -38,7 +39,7 @@ class Effort(NamedTuple):
         return rounds >= self.most or seconds >= self.seconds
 
 
-QUICK, FULL = Effort(0.5, 3, 15), Effort(2.5, 5, 25)
+QUICK, FULL = Effort(0.5, 3, 15), Effort(4.0, 5, 25)
 
 
 class Result(NamedTuple):
@@ -55,7 +56,7 @@ class Result(NamedTuple):
 
     def ratio(self, name: str, other: str) -> float:
         """How many times as fast as another one a competitor is: the median over rounds."""
-        pairs = zip(self.samples[name], self.samples[other], strict=True)
+        pairs = zip(self.samples[name], self.samples[other], strict=False)  # the slow one has fewer rounds
         return median(theirs / ours for ours, theirs in pairs)
 
     def best(self, name: str, other: str) -> float:
@@ -121,6 +122,9 @@ def measure(workload: Workload, competitors: Sequence[Competitor], effort: Effor
             for name in order:
                 samples[name].append(runners[name](repeats[name], warm))
             rounds += 1
+            if rounds == effort.fewest:
+                cost = {name: median(samples[name]) * repeats[name] for name in order}
+                order = [name for name in order if cost[name] < SLOW * min(cost.values())]
     finally:
         gc.enable()
     return Result(workload, samples, failed)
@@ -140,4 +144,5 @@ def expected(workload: Workload, effort: Effort) -> float:
     known = {"cold": 30, "warm": 20, "warmup, empty cache": 45, "warmup, full cache": 12}
     if workload.kind == "start":
         return known[workload.what]
-    return effort.seconds + 1.5 + 0.02 * len(workload.shapes) ** 0.9 + workload.bytes / 300e6
+    rounds = min(effort.seconds, 0.1 * effort.most) if workload.bytes < WARM else effort.seconds
+    return rounds + 1.5 + 0.02 * len(workload.shapes) ** 0.9 + workload.bytes / 100e6
