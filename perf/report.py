@@ -83,8 +83,8 @@ def results(found: Mapping[str, Any]) -> dict[str, Result]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """A Markdown table; columns after the first ones are numbers."""
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    """A Markdown table; columns after the first ones are numbers, but for explanations."""
+    rule = ["---" if k < left or name.startswith("what") else "---:" for k, name in enumerate(head)]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
 
 
