@@ -122,9 +122,9 @@ PER_CALL = (
 )
 STREAMING = (
     "Bytes: the same arrays as the bare kernel's, in chunks of 16,384 elements that threads claim one by "
-    "one, where the bare kernel gives each thread one long part; a helper begins 20 to 50 us late. Tried: prange "
-    "in place of claimed chunks (level), fetching ahead by hand on long lines (RMSProp from 0.87 to 0.94, "
-    "GroupAdaGrad from 0.76 to 0.94, on one thread; kept)."
+    "one, where the bare kernel gives each thread one long part; a helper begins 20 to 50 us late. Tried: "
+    "prange in place of claimed chunks (level), and fetching long lines ahead by hand (on one thread RMSProp "
+    "from 0.87 to 0.94, GroupAdaGrad from 0.76 to 0.94; kept)."
 )
 MANY_TENSORS = (
     "Instructions: every chunk looks up its tensors, and the vectors at a tensor's end are not full. Bytes "

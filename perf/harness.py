@@ -141,8 +141,9 @@ def _repeats(runner: Runner) -> int:
 
 def expected(workload: Workload, effort: Effort) -> float:
     """About how many seconds a workload will take: preparations, rounds, and slow competitors."""
-    known = {"cold": 30, "warm": 20, "warmup, empty cache": 45, "warmup, full cache": 12}
+    known = {"cold": 30, "warm": 35, "warmup, empty cache": 45, "warmup, full cache": 50}
     if workload.kind == "start":
         return known[workload.what]
     rounds = min(effort.seconds, 0.1 * effort.most) if workload.bytes < WARM else effort.seconds
-    return rounds + 1.5 + 0.02 * len(workload.shapes) ** 0.9 + workload.bytes / 100e6
+    tables = 3.0 if workload.rows else 0.0  # which are larger than what is moved
+    return tables + rounds + 1.5 + 0.02 * len(workload.shapes) ** 0.9 + workload.bytes / 100e6

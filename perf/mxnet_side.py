@@ -68,8 +68,8 @@ def prepare(workload: Workload) -> Runner | None:
     """Any kind of workload that MXNet knows."""
     if workload.dtype == "bfloat16" or (workload.masters and workload.dtype != "float16"):
         return None
-    if workload.kind == "rows" and workload.rule != "groupadagrad":
-        return None
+    if workload.rows and (workload.rule != "groupadagrad" or workload.rows.occurrences):
+        return None  # it wants each row once
     process = worker(workload.threads)
     process.ask(do="prepare", workload=workload.name)
     return lambda repeats, warm: float(process.ask(do="run", repeats=repeats, warm=warm))

@@ -22,8 +22,6 @@ def stepper(workload):
     optimizer = mxnet.optimizer.create(rule.optimizer, **rule.options, multi_precision=workload.masters)
     if workload.rows:
         ((numbers, values),), (shape,) = touched(workload), workload.shapes
-        if workload.rows.occurrences:
-            raise ValueError("MXNet wants each row once")
         weights = [mxnet.nd.zeros(shape)]
         grads = [mxnet.nd.sparse.row_sparse_array((values, numbers), shape=shape)]
     else:
