@@ -103,7 +103,7 @@ def _legend(figure: Any, panels: Sequence[Any], below: str) -> None:
         list(handles.values()),
         list(handles),
         loc="outside lower center",
-        ncols=5,
+        ncols=int(figure.get_figwidth() / 1.8),
         frameon=False,
         fontsize=8,
         labelcolor=TEXT,
@@ -156,7 +156,7 @@ def _dots(
     shown = [what for what in whats if any(name(what) in known for name in named.values())]
     if not shown:
         return None
-    figure, panels = _panels(len(named), 2, (4.6, 0.6 + 0.3 * len(shown)), title)
+    figure, panels = _panels(len(named), 2, (4.6 if len(named) > 1 else 8.0, 0.6 + 0.3 * len(shown)), title)
     for axes, (rule, name) in zip(panels, named.items(), strict=True):
         axes.set(xscale="log")
         axes.set_title(rule, loc="left", fontsize=10, color=TEXT)
