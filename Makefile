@@ -1,9 +1,10 @@
-# Everything that a fresh machine with Python 3 needs: `make demo`, `make test`.
+# Everything that a fresh machine with Python 3 needs: `make demo`, `make test`, `make perf`.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+NUMBA_OPT_MXNET ?= $(abspath $(VENV)-mxnet)/bin/python
 
-.PHONY: test demo lint types dist clean
+.PHONY: test demo perf lint types dist clean
 
 test: $(VENV)/test.stamp lint types
 	$(RUN) -m pytest
@@ -18,6 +19,15 @@ types: $(VENV)/test.stamp
 demo: $(VENV)/demo.stamp
 	$(RUN) -m numba_opt demo
 
+# Some 20 minutes on a machine with nothing else to do; `make perf PERF=--missing` goes on where it was ended.
+perf: $(VENV)/perf.stamp $(NUMBA_OPT_MXNET)
+	NUMBA_OPT_MXNET=$(NUMBA_OPT_MXNET) $(RUN) -m perf --readme $(PERF)
+
+# MXNet wants an old NumPy, and Python 3.11 or older. Where it can't be had, it is left out of the comparison.
+$(abspath $(VENV)-mxnet)/bin/python:
+	$(PYTHON) -m venv $(VENV)-mxnet
+	-$@ -m pip install --quiet --disable-pip-version-check --only-binary numpy numpy==1.23.5 mxnet==2.0.0b1
+
 dist: $(VENV)/test.stamp
 	$(RUN) -m build
 
@@ -28,4 +38,4 @@ $(VENV)/%.stamp: setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-mxnet build dist *.egg-info

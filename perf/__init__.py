@@ -1,5 +1,6 @@
 """Benchmarks of numba_opt beside its competitors: ``python -m perf``.
 
-`workloads` says what is updated, `competitors` by whom, `bare` what the memory allows, `harness` how it
-is timed, `goals` what it must reach, `report` how it is written down. Nothing here is shipped.
+`workloads` says what is done, `competitors` by whom, with a module for each library; `bare` what the memory
+allows; `harness` how it is timed; `goals` what must be reached; `report` and `pictures` how it is shown.
+Nothing here is shipped.
 """

@@ -1,51 +1,103 @@
-"""``python -m perf``: run the benchmarks, print the tables, keep them under ``perf/results``."""
+"""Measure, compare with the goals, and write it all down.
+
+Sections: dense, many, rows, clip, threads, checkpoint, startup, cuda; all of them if none is named. Results
+are merged into one file for each machine, after each workload, so a run can be interrupted and continued
+with --missing.
+"""
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
-import math
 import os
 import sys
+import time
+import warnings
 from pathlib import Path
 
-from . import harness, report
-from .competitors import table
-from .workloads import WORKLOADS
+from . import harness, pictures, report
+from .competitors import installed
+from .workloads import SECTIONS, WORKLOADS
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
-    parser.add_argument("--only", metavar="PATTERN", default="*", help="workloads, such as 'dense/*'")
-    parser.add_argument("--quick", action="store_true", help="few rounds, for a first look")
-    parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="where the results go, also of partial runs"
+    parser = argparse.ArgumentParser(
+        prog="python -m perf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mxnet", metavar="PYTHON", default=os.environ.get("NUMBA_OPT_MXNET"))
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help="what to measure")
+    parser.add_argument("--only", metavar="PATTERN", default="*", help="workloads, such as 'dense/nag/*'")
+    parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds, for a first look")
+    parser.add_argument("--missing", action="store_true", help="only what the file does not have yet")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the reports anew")
+    parser.add_argument("--readme", action="store_true", help="show the results in README.md, too")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="the file, perf/results/MACHINE.json by default"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-
-    chosen = [workload for workload in WORKLOADS if fnmatch.fnmatch(workload.name, args.only)]
-    if not chosen:
-        parser.error(f"--only {args.only!r} fits none of {', '.join(w.name for w in WORKLOADS)}")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
-    competitors = table(args.mxnet, args.threads)
-    results = {}
-    for workload in chosen:
-        print(f"{workload.name} ...", file=sys.stderr)
-        effort = harness.QUICK if args.quick else harness.FULL
-        results[workload.name] = harness.measure(workload, competitors.competitors, effort)
-    found = report.report(results, competitors, args.threads, load)
+    known = [*SECTIONS, "cuda"]
+    if unknown := set(args.sections) - set(known):
+        parser.error(f"no section is called {min(unknown)!r}; there are {', '.join(known)}")
+    name = report.machine_name() + ("-quick" if args.quick else "")
+    path = args.out or RESULTS / f"{name}.json"
+    if not args.report:
+        _measure(args, args.sections or known, path)
+    found = report.read(path)
     text = report.markdown(found)
-    print(text)
-    file = args.json
-    if file is None and not args.quick and chosen == WORKLOADS:
-        file = Path(__file__).parent / "results" / f"{report.file_name(found)}.json"
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
-        file.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(text)
+    shown = pictures.draw(found, path.with_suffix(""))
+    print(report.goals_table(found).partition("### Not measured")[0])
+    print(f"all tables: {path.with_suffix('.md')}", file=sys.stderr)
+    if args.readme:
+        report.into_readme(README, found, path, shown)
+
+
+def _measure(args: argparse.Namespace, sections: list[str], path: Path) -> None:
+    """Measure what is asked for, into a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = report.read(path)
+    chosen = [
+        workload._replace(threads=workload.threads or args.threads)
+        for workload in WORKLOADS
+        if workload.section in sections
+        and fnmatch.fnmatch(workload.name, args.only)
+        and (workload.quick or not args.quick)
+        and not (args.missing and workload.name in found["results"])
+        and workload.threads <= args.threads
+    ]
+    effort = harness.QUICK if args.quick else harness.FULL
+    competitors, skipped, versions = installed()
+    for name, why in skipped.items():
+        print(f"left out: {name} ({why})", file=sys.stderr)
+    warnings.simplefilter("ignore")
+    report.describe(found, sections, args.threads, versions, skipped)
+    left = sum(harness.expected(workload, effort) for workload in chosen)
+    print(f"{len(chosen)} workloads, about {left / 60:.1f} minutes", file=sys.stderr)
+    for k, workload in enumerate(chosen, 1):
+        start = time.perf_counter()
+        result = harness.measure(workload, competitors, effort)
+        found["results"][workload.name] = result.plain()
+        report.write(path, found)
+        left -= harness.expected(workload, effort)
+        seconds = time.perf_counter() - start
+        progress = f"[{k}/{len(chosen)}] {workload.name}: {len(result.samples)} competitors, {seconds:.1f} s"
+        print(f"{progress}; about {left / 60:.1f} minutes left", file=sys.stderr)
+    if "cuda" in sections:
+        _cuda(found, path, args.quick)
+
+
+def _cuda(found: dict, path: Path, quick: bool) -> None:
+    """The slot for `perf.gpu`, where that is and there is a GPU: its tables come as Markdown."""
+    try:
+        from . import gpu
+    except ImportError as error:
+        print(f"left out: cuda ({error})", file=sys.stderr)
+        return
+    found["cuda"] = gpu.measure(quick)
+    report.write(path, found)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,14 @@ with few cores they would be counted against whoever is timed next, so every sam
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 PATIENCE, AWAKE = 1.0, 0.002  # seconds
+
+Runner = Callable[[int, bool], float]  # (number of steps, warm) -> seconds a step
 
 
 def settle() -> None:
@@ -22,8 +26,8 @@ def settle() -> None:
             return
 
 
-def sample(call: Callable[[], object], repeats: int, warm: bool) -> float:
-    """Seconds that `repeats` calls take.
+def sample(call: Callable[[], object], kept: Any, repeats: int, warm: bool) -> float:
+    """Seconds that a call takes, the mean of several in a row. `kept` is kept for as long as it may be made.
 
     Warm: the call is made for a moment before the clock starts, so that it finds its code and its data in
     the caches. Cold: the core is woken and nothing else, so that large arrays are found in memory, where
@@ -39,4 +43,23 @@ def sample(call: Callable[[], object], repeats: int, warm: bool) -> float:
         call()
     seconds = time.perf_counter() - start
     settle()  # nobody else shall wait for our threads
-    return seconds
+    return seconds / repeats
+
+
+def runner(call: Callable[[], object], kept: Any = None) -> Runner:
+    """What takes samples of a call."""
+    return functools.partial(sample, call, kept)
+
+
+def timed(call: Callable[[], object]) -> Runner:
+    """What takes samples of a call that is made once: a process of its own, which may say how long it took.
+
+    The call returns seconds, or something else if it does not know better than the clock.
+    """
+
+    def run(repeats: int, warm: bool) -> float:
+        start = time.perf_counter()
+        known = call()
+        return known if isinstance(known, float) else time.perf_counter() - start
+
+    return run

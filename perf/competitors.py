@@ -1,214 +1,154 @@
-"""The table of competitors: who performs a workload's step, and how it is called.
+"""The table of competitors: who does which kinds of work, and how.
 
-A competitor makes, for a workload, a function that performs a number of steps and returns the seconds they
-took, or None where it has no such optimizer. Its arrays are made once, there. Those that are not installed
-are left out of the table and named, with the reason.
+A way is a function that prepares a workload, making its arrays once, and returns what takes samples of it
+(`clock.Runner`), or None where the competitor has no such thing. Those that are not installed are left out
+and named, with the reason.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
-import json
-import os
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from importlib import import_module, metadata
+from typing import NamedTuple
 
 import numba
 
 import numba_opt
 
-from . import bare
-from .clock import sample
-from .workloads import RULES, Workload, arrays
-
-Runner = Callable[[int, bool], float]  # (number of steps, warm) -> seconds, as `clock.sample`
+from . import bare, jax_side, mxnet_side, numpy_side, ours, torch_side
+from .clock import Runner
+from .workloads import Workload
 
 UPDATE, STEP = "numba_opt update", "numba_opt step"
 TRAINER, FRESH = "numba_opt Trainer", "numba_opt Trainer, fresh gradients"
-CLIPPED = "numba_opt Trainer, clip_global_norm"
+REDUCED, SMALL_STATES = "numba_opt Trainer, reduced", "numba_opt Trainer, bfloat16 states"
+SPARSE, CSR, EXACT, ONCE = (
+    "numba_opt RowSparse",
+    "numba_opt CSR",
+    "numba_opt RowSparse, exact",
+    "numba_opt RowSparse, each row once",
+)
+FRONT = "numba_opt.torch"
 TORCH_LOOP, TORCH_FOREACH, TORCH_FUSED = TORCH = ("torch for-loop", "torch foreach", "torch fused")
-MXNET = "MXNet"
-BARE_SERIAL, BARE_PARALLEL = BARE = ("bare, serial", "bare, prange")
+ADAGRAD, FBGEMM = "torch sparse Adagrad", "FBGEMM row-wise AdaGrad"
+MXNET, JAX, NUMPY = "MXNet", "jax/optax", "NumPy"
+SAFETENSORS, TORCH_PROCESS = "safetensors", "torch"
+BARE_SERIAL, BARE_PARALLEL = BARE = ("bare, one thread", "bare, all threads")
 
-FRESH_ELEMENTS = 1_000_000  # gradients come in fresh arrays only in workloads up to this size
-FRESH_SETS = 8
+Way = Callable[[Workload], "Runner | None"]
 
 
 class Competitor(NamedTuple):
     name: str
-    prepare: Callable[[Workload], Runner | None]
+    needs: str  # the module without which it cannot take part
+    ways: dict[str, Way]  # by kind of workload
+    least: int = 0  # elements from which on it is asked, and up to which
+    most: int = 1 << 40
 
 
-class Table(NamedTuple):
-    """Who takes part; who does not, and why; and whose versions matter."""
+LARGE = 1 << 25  # elements that some are not asked to hold: memory is for those that matter there
 
-    competitors: list[Competitor]
-    skipped: dict[str, str]
-    versions: dict[str, str]
-
-
-def table(mxnet: str | None, threads: int) -> Table:
-    """All competitors, set to the same number of threads. `mxnet` is an interpreter that has it."""
-    numba.set_num_threads(threads)
-    found = Table(
-        [
-            Competitor(UPDATE, functools.partial(_optimizer, "update")),
-            Competitor(STEP, functools.partial(_optimizer, "step")),
-        ],
-        {},
-        {"numba_opt": numba_opt.__version__, "numba": numba.__version__},
-    )
-    _add_trainer(found)
-    _add_torch(found, threads)
-    _add_mxnet(found, mxnet, threads)
-    for name, parallel in zip(BARE, (False, True), strict=True):
-        found.competitors.append(Competitor(name, functools.partial(_bare, parallel)))
-    return found
-
-
-def _runner(call: Callable[[], object]) -> Runner:
-    return functools.partial(sample, call)
-
-
-def _bare(parallel: bool, workload: Workload) -> Runner:
-    return _runner(bare.floor(workload, parallel))
-
-
-# -------------------------------------------------------------------- numba_opt
-
-
-def _optimizer(method: str, workload: Workload) -> Runner:
-    rule = RULES[workload.rule]
-    optimizer = numba_opt.create(rule.optimizer, **rule.options)
-    weights, grads = arrays(workload.shapes)
-    indices = list(range(len(weights)))
-    states = [optimizer.create_state(i, weight) for i, weight in enumerate(weights)]
-    return _runner(lambda: getattr(optimizer, method)(indices, weights, grads, states))
-
-
-def _add_trainer(found: Table) -> None:
-    if not hasattr(numba_opt, "Trainer"):
-        found.skipped[TRAINER] = "this version has none"
-        return
-    found.competitors.extend([Competitor(TRAINER, _trainer), Competitor(FRESH, _trainer_fresh)])
-    if "clip_global_norm" in inspect.signature(numba_opt.Trainer).parameters:
-        found.competitors.append(Competitor(CLIPPED, _trainer_clipped))
-
-
-def _bound(workload: Workload, **options: Any) -> tuple[Any, list[Any]]:
-    rule = RULES[workload.rule]
-    weights, grads = arrays(workload.shapes)
-    return numba_opt.Trainer(weights, rule.optimizer, **rule.options, **options), grads
-
-
-def _trainer(workload: Workload) -> Runner:
-    trainer, grads = _bound(workload)
-    return _runner(lambda: trainer.step(grads))
-
-
-def _trainer_fresh(workload: Workload) -> Runner | None:
-    if workload.elements > FRESH_ELEMENTS:
-        return None
-    trainer, grads = _bound(workload)
-    sets = itertools.cycle([[grad.copy() for grad in grads] for _ in range(FRESH_SETS)])
-    return _runner(lambda: trainer.step(next(sets)))
-
-
-def _trainer_clipped(workload: Workload) -> Runner:
-    trainer, grads = _bound(workload, clip_global_norm=1.0)
-    return _runner(lambda: trainer.step(grads))
-
-
-# -------------------------------------------------------------------- PyTorch
-
-# Class and options of what comes nearest, and the ways of running it that exist on the CPU. Adagrad keeps
-# a number for each element where GroupAdaGrad keeps one for each row, so it moves more.
-TORCH_OPTIMIZERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "nag": ("SGD", {"lr": 0.01, "momentum": 0.9, "nesterov": True}, TORCH),
-    "rmsprop": ("RMSprop", {"lr": 0.001, "alpha": 0.9}, TORCH[:2]),
-    "rmsprop-centered": (
-        "RMSprop",
-        {"lr": 0.001, "alpha": 0.9, "momentum": 0.9, "centered": True},
-        TORCH[:2],
+COMPETITORS = [
+    Competitor(
+        TRAINER, "numba_opt", {"step": ours.trainer, "clip": partial(ours.trainer, clip_global_norm=1.0)}
     ),
-    "adamax": ("Adamax", {"lr": 0.002}, TORCH[:2]),
-    "groupadagrad": ("Adagrad", {"lr": 0.01}, TORCH),
-}
-TORCH_SWITCHES = {
-    TORCH_LOOP: {"foreach": False},
-    TORCH_FOREACH: {"foreach": True},
-    TORCH_FUSED: {"fused": True},
-}
-
-
-def _add_torch(found: Table, threads: int) -> None:
-    try:
-        import torch
-    except ImportError as error:
-        found.skipped["torch"] = str(error)
-        return
-    torch.set_num_threads(threads)
-    found.versions["torch"] = torch.__version__
-    found.competitors.extend(Competitor(name, functools.partial(_torch, name)) for name in TORCH)
-
-
-def _torch(way: str, workload: Workload) -> Runner | None:
-    import torch
-
-    name, options, ways = TORCH_OPTIMIZERS.get(workload.rule, ("", {}, ()))
-    if way not in ways:
-        return None
-    weights, grads = arrays(workload.shapes)
-    parameters = [torch.nn.Parameter(torch.from_numpy(weight)) for weight in weights]
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = torch.from_numpy(grad)
-    return _runner(getattr(torch.optim, name)(parameters, **options, **TORCH_SWITCHES[way]).step)
-
-
-# -------------------------------------------------------------------- MXNet
-
-
-def _add_mxnet(found: Table, interpreter: str | None, threads: int) -> None:
-    if interpreter is None:
-        found.skipped[MXNET] = "no interpreter given (--mxnet or NUMBA_OPT_MXNET)"
-        return
-    try:
-        worker = _Worker(interpreter, threads)
-    except (OSError, RuntimeError) as error:
-        found.skipped[MXNET] = str(error)
-        return
-    found.versions["mxnet"] = worker.version
-    found.competitors.append(Competitor(MXNET, worker.prepare))
-
-
-class _Worker:
-    """`mxnet_worker.py` in MXNet's own interpreter; it times itself and answers with seconds."""
-
-    def __init__(self, interpreter: str, threads: int) -> None:
-        self.process = subprocess.Popen(
-            [interpreter, "-m", f"{__package__}.mxnet_worker"],
-            cwd=Path(__file__).parents[1],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    Competitor(FRESH, "numba_opt", {"step": ours.fresh}),
+    Competitor(UPDATE, "numba_opt", {"step": partial(ours.update, fused=True)}, most=LARGE),
+    Competitor(STEP, "numba_opt", {"step": partial(ours.update, fused=False)}, most=LARGE),
+    Competitor(REDUCED, "numba_opt", {"step": ours.reduced}),
+    Competitor(SMALL_STATES, "numba_opt", {"step": ours.small_states}),
+    Competitor("numba_opt", "numba_opt", {"save": ours.save, "load": ours.load, "start": ours.start}),
+    Competitor(SPARSE, "numba_opt", {"rows": ours.rows}),
+    Competitor(CSR, "numba_opt", {"rows": partial(ours.rows, form="csr")}),
+    Competitor(EXACT, "numba_opt", {"rows": partial(ours.rows, form="exact")}),
+    Competitor(ONCE, "numba_opt", {"rows": partial(ours.rows, form="once")}),
+    Competitor(FRONT, "numba_opt.torch", {"step": torch_side.ours, "rows": torch_side.ours}),
+    *(
+        Competitor(
+            name,
+            "torch",
+            {"step": partial(torch_side.step, way=way), "clip": partial(torch_side.clip, way=way)},
         )
-        self.version = self._ask(do="version")
+        for name, way in zip(TORCH, torch_side.WAYS, strict=True)
+    ),
+    Competitor(ADAGRAD, "torch", {"rows": torch_side.rows}),
+    Competitor(TORCH_PROCESS, "torch", {"start": torch_side.start}),
+    Competitor(FBGEMM, "fbgemm_gpu", {"rows": torch_side.fbgemm}),
+    Competitor(
+        JAX,
+        "optax",
+        {"step": jax_side.step, "clip": partial(jax_side.step, clipped=True), "start": jax_side.start},
+        most=LARGE,
+    ),
+    Competitor(MXNET, "mxnet", dict.fromkeys(("step", "clip", "rows"), mxnet_side.prepare)),
+    Competitor(
+        NUMPY,
+        "numpy",
+        {
+            "step": numpy_side.step,
+            "clip": numpy_side.clip,
+            "rows": numpy_side.rows,
+            "save": partial(numpy_side.save, safetensors=False),
+            "load": partial(numpy_side.load, safetensors=False),
+        },
+        most=LARGE,
+    ),
+    Competitor(
+        SAFETENSORS,
+        "safetensors",
+        {way: partial(getattr(numpy_side, way), safetensors=True) for way in ("save", "load")},
+    ),
+    Competitor(
+        BARE_SERIAL,
+        "numba",
+        {
+            "step": partial(bare.step, parallel=False),
+            "clip": partial(bare.step, parallel=False),
+            "rows": partial(bare.rows, parallel=False),
+            "save": bare.save,
+            "load": bare.load,
+            "start": bare.start,
+        },
+    ),
+    Competitor(
+        BARE_PARALLEL,
+        "numba",
+        {
+            "step": partial(bare.step, parallel=True),
+            "clip": partial(bare.step, parallel=True),
+            "rows": partial(bare.rows, parallel=True),
+        },
+        least=1 << 15,  # below, its threads take longer to wake than to work
+    ),
+]
 
-    def prepare(self, workload: Workload) -> Runner:
-        self._ask(do="prepare", workload=workload.name)
-        return lambda repeats, warm: self._ask(do="run", repeats=repeats, warm=warm)
 
-    def _ask(self, **command: Any) -> Any:
+def installed() -> tuple[list[Competitor], dict[str, str], dict[str, str]]:
+    """Those that can take part; those that cannot, with the reason; the versions of what they need."""
+    found: dict[str, str] = {"numba_opt": numba_opt.__version__, "numba": numba.__version__}
+    missing: dict[str, str] = {}
+    for needs in dict.fromkeys(competitor.needs for competitor in COMPETITORS):
         try:
-            print(json.dumps(command), file=self.process.stdin, flush=True)
-            answer = json.loads(self.process.stdout.readline() or "null")
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
-            raise RuntimeError(f"the worker ended with code {self.process.wait()}")
-        return answer
+            if needs == "mxnet":
+                found[needs] = mxnet_side.version()
+            elif needs not in found:
+                module = import_module(needs)
+                if "." not in needs:
+                    found[needs] = getattr(module, "__version__", None) or metadata.version(needs)
+                if needs == "optax":
+                    found["jax"] = metadata.version("jax")
+        except (ImportError, OSError) as error:
+            missing[needs] = str(error)
+    took = [competitor for competitor in COMPETITORS if competitor.needs not in missing]
+    skipped = {c.name: missing[c.needs] for c in COMPETITORS if c.needs in missing}
+    return took, skipped, found
+
+
+def set_threads(threads: int) -> None:
+    """Have those that are set in this process work on so many threads."""
+    import sys
+
+    numba.set_num_threads(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)

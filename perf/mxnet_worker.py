@@ -1,6 +1,7 @@
 """MXNet's side of the benchmarks, run by MXNet's own interpreter: ``python -m perf.mxnet_worker``.
 
-One JSON object a line comes in, one JSON value a line goes out. The worker ends with its input.
+One JSON object a line comes in, one JSON value a line goes out, an object if there was an error. The worker
+ends with its input.
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ import sys
 
 import mxnet
 
-from .clock import sample
-from .workloads import RULES, WORKLOADS, Workload, arrays
+from .clock import runner
+from .workloads import RULES, WORKLOADS, arrays, touched
 
 
-def stepper(workload: Workload):
+def stepper(workload):
     """A call that performs one step of a workload, to its end."""
     rule = RULES[workload.rule]
-    optimizer = mxnet.optimizer.create(rule.optimizer, **rule.options)
-    weights, grads = ([mxnet.nd.array(a) for a in column] for column in arrays(workload.shapes))
+    optimizer = mxnet.optimizer.create(rule.optimizer, **rule.options, multi_precision=workload.masters)
+    if workload.rows:
+        ((numbers, values),), (shape,) = touched(workload), workload.shapes
+        weights = [mxnet.nd.zeros(shape)]
+        grads = [mxnet.nd.sparse.row_sparse_array((values, numbers), shape=shape)]
+    else:
+        columns = arrays(workload)
+        weights, grads = ([mxnet.nd.array(a, dtype=workload.dtype) for a in column] for column in columns)
     indices = list(range(len(weights)))
-    states = [optimizer.create_state(i, weight) for i, weight in enumerate(weights)]
+    states = [optimizer.create_state_multi_precision(i, weight) for i, weight in enumerate(weights)]
     mxnet.nd.waitall()
 
     def step():
-        optimizer.update(indices, weights, grads, states)
+        if workload.kind == "clip":
+            mxnet.gluon.utils.clip_global_norm(grads, 1.0, check_isfinite=False)
+        optimizer.update_multi_precision(indices, weights, grads, states)
         mxnet.nd.waitall()
 
     return step
@@ -35,17 +44,20 @@ def serve() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever MXNet prints
     known = {workload.name: workload for workload in WORKLOADS}
-    step = None
+    run = None
     for line in sys.stdin:
         command = json.loads(line)
-        if command["do"] == "version":
-            answer = mxnet.__version__
-        elif command["do"] == "prepare":
-            step = None  # its arrays go first
-            step = stepper(known[command["workload"]])
-            answer = True
-        else:
-            answer = sample(step, command["repeats"], command["warm"])
+        try:
+            if command["do"] == "version":
+                answer = mxnet.__version__
+            elif command["do"] == "prepare":
+                run = None  # its arrays go first
+                run = runner(stepper(known[command["workload"]]))
+                answer = True
+            else:
+                answer = run(command["repeats"], command["warm"])
+        except Exception as error:  # the next workload may well work
+            answer = {"error": f"{type(error).__name__}: {error}"[:200]}
         print(json.dumps(answer), file=answers, flush=True)
 
 

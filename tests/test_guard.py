@@ -1,0 +1,253 @@
+"""What a step costs, in counts that no other work on the machine can change, and a ratio that it hardly can.
+
+Each check is then shown to fail: the last tests slow a step down on purpose.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+import numba_opt
+from numba_opt import execution
+from numba_opt.kernels import threads
+from perf import bare
+from perf.workloads import Workload
+
+from .table import Row, each, make, row
+
+
+class Limits(NamedTuple):
+    """Of Python's side of a call on one tensor, and of what each further one adds."""
+
+    bytecodes: int
+    functions: int  # of C
+    each: int  # bytecodes
+
+
+# Counted with CPython 3.11: 732 to 812 bytecodes in a step of a Trainer, whatever the number of tensors;
+# 851 to 969 in an update, and 28 for each tensor whose state is a tuple. Other versions of Python have other
+# bytecodes, so there is room for half more.
+STEP, UPDATE = Limits(1200, 40, 1), Limits(1450, 70, 42)
+ROOM = 64 << 10  # bytes that a step may take and give back, however large the tensors are
+LEAST, USUAL = 0.25, 0.9  # of the bare kernel's speed: what is asked for, and what a quiet machine shows
+ROUNDS = 40
+
+
+def stepped(row: Row, tensors: int, size: int = 256, fresh: bool = False) -> Callable[[], object]:
+    """A Trainer's step, made a few times so that everything is bound and compiled."""
+    call = make(row, [(size // 64, 64)] * tensors)
+    trainer = numba_opt.Trainer(call.weights, row.cls(**row.kwargs))
+    sets = [call.grads, [grad.copy() for grad in call.grads]] if fresh else [call.grads]
+    turn = iter(range(10**9))
+    return warm(lambda: trainer.step(sets[next(turn) % len(sets)]))
+
+
+def updated(row: Row, tensors: int, size: int = 256) -> Callable[[], object]:
+    """An optimizer's update, likewise."""
+    call, optimizer = make(row, [(size // 64, 64)] * tensors), row.cls(**row.kwargs)
+    return warm(lambda: optimizer.update(*call))
+
+
+def warm(call: Callable[[], object]) -> Callable[[], object]:
+    for _ in range(3):
+        call()
+    return call
+
+
+def instructions(call: Callable[[], object]) -> tuple[int, int]:
+    """Python's side of a call: how many bytecodes it runs and how many functions of C it calls."""
+    counts = {"opcode": 0, "c_call": 0}
+
+    def trace(frame, event, arg):
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            counts[event] += 1
+        return trace
+
+    def profile(frame, event, arg):
+        if event == "c_call":
+            counts[event] += 1
+
+    before = sys.gettrace(), sys.getprofile()
+    sys.setprofile(profile)
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before[0])
+        sys.setprofile(before[1])
+    return counts["opcode"], counts["c_call"]
+
+
+def kernel_calls(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many kernels a call runs."""
+    run, count = threads.run, 0
+
+    def counted(jobs, *args):
+        nonlocal count
+        jobs = list(jobs)
+        count += len(jobs)
+        return run(jobs, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "run", counted)
+        call()
+    return count
+
+
+def allocated(call: Callable[[], object]) -> tuple[int, int]:
+    """How many bytes a call holds at most beyond those before it, NumPy's included, and how many it keeps."""
+    tracemalloc.start()
+    try:
+        call()  # what tracemalloc itself needs
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        call()
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return peak - before, after - before
+
+
+def of_bare(row: Row, size: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The speed of a Trainer's step on one thread beside the bare kernel's: the best of many samples each."""
+    shape = (size // 64, 64)
+    monkeypatch.setattr(threads, "count", lambda: 1)
+    ours = stepped(row, 1, size)
+    floor = bare.step(Workload("", "step", row.id, "", (shape,)), parallel=False).args[0]
+    best = {warm(ours): math.inf, warm(floor): math.inf}
+    for _ in range(ROUNDS):
+        for call in best:
+            start = time.perf_counter()
+            call()
+            best[call] = min(best[call], time.perf_counter() - start)
+    return best[floor] / best[ours]
+
+
+# -------------------------------------------------------------------- checks
+
+
+def check_python(make: Callable[[Row, int], Callable[[], object]], row: Row, limits: Limits) -> None:
+    (bytecodes, functions), (many, _) = (instructions(make(row, tensors)) for tensors in (1, 200))
+    assert bytecodes <= limits.bytecodes
+    assert functions <= limits.functions
+    assert many - bytecodes <= 199 * limits.each
+
+
+def check_kernels(call: Callable[[], object], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernel_calls(call, monkeypatch) == expected
+
+
+def check_memory(call: Callable[[], object]) -> None:
+    held, kept = allocated(call)
+    assert held < ROOM
+    assert kept < 1024
+
+
+def check_speed(row: Row, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert of_bare(row, size, monkeypatch) > LEAST
+
+
+@each
+def test_python_of_a_small_step_is_bounded_and_without_a_loop_over_tensors(row):
+    check_python(stepped, row, STEP)
+
+
+@each
+def test_python_of_a_small_update_is_bounded(row):
+    check_python(updated, row, UPDATE)
+
+
+@each
+@pytest.mark.parametrize("fresh", [False, True], ids=["same gradients", "fresh gradients"])
+def test_a_step_is_one_kernel_call(row, fresh, monkeypatch):
+    check_kernels(stepped(row, 200, fresh=fresh), 1, monkeypatch)
+    check_kernels(updated(row, 200), 1, monkeypatch)
+
+
+def test_clipping_is_one_more_kernel_call(monkeypatch):
+    call = make(row("nag"), [256] * 200)
+    trainer = numba_opt.Trainer(call.weights, "nag", clip_global_norm=1.0)
+    check_kernels(warm(lambda: trainer.step(call.grads)), 2, monkeypatch)
+
+
+@each
+@pytest.mark.parametrize(("tensors", "size"), [(200, 256), (1, 1 << 20)])
+def test_a_step_allocates_next_to_nothing(row, tensors, size):
+    check_memory(stepped(row, tensors, size))
+    check_memory(updated(row, tensors, size))
+
+
+@pytest.mark.parametrize("size", [1 << 17, 1 << 21])
+@pytest.mark.parametrize("name", ["nag", "rmsprop", "ftml"])
+def test_a_step_is_not_far_from_the_bare_kernel(name, size, monkeypatch):
+    check_speed(row(name), size, monkeypatch)
+
+
+# -------------------------------------------------------------------- and that they would fail
+
+
+def test_a_loop_over_tensors_would_be_noticed(monkeypatch):
+    def unfrozen(self, grads):
+        return [grad if name not in self._frozen else None for name, grad in zip(self._names, grads)]  # noqa: B905
+
+    monkeypatch.setattr(numba_opt.Trainer, "_unfrozen", unfrozen)
+    with pytest.raises(AssertionError):
+        check_python(stepped, row("nag"), STEP)
+
+
+def test_more_python_for_each_call_would_be_noticed(monkeypatch):
+    hyper = numba_opt.NAG.hyper
+    monkeypatch.setattr(numba_opt.NAG, "hyper", lambda *args: [hyper(*args) for _ in range(150)][-1])
+    with pytest.raises(AssertionError):
+        check_python(stepped, row("nag"), STEP)
+
+
+def test_a_kernel_call_for_each_tensor_would_be_noticed(monkeypatch):
+    launches = execution.launches
+
+    def one_each(rule, tables):
+        return [
+            launch._replace(
+                addresses=launch.addresses[t : t + 1],
+                offsets=launch.offsets[t : t + 2] - launch.offsets[t],
+                elements=int(launch.offsets[t + 1] - launch.offsets[t]),
+            )
+            for launch in launches(rule, tables)
+            for t in range(len(launch.addresses))
+        ]
+
+    monkeypatch.setattr(execution, "launches", one_each)
+    with pytest.raises(AssertionError):
+        check_kernels(stepped(row("nag"), 200), 1, monkeypatch)
+
+
+@pytest.mark.parametrize(("tensors", "size"), [(200, 256), (1, 1 << 20)])
+def test_a_copy_of_the_gradients_would_be_noticed(tensors, size, monkeypatch):
+    in_order = numba_opt.Trainer._in_order
+    copied = lambda self, grads: [grad.copy() for grad in in_order(self, grads)]  # noqa: E731
+    monkeypatch.setattr(numba_opt.Trainer, "_in_order", copied)
+    with pytest.raises(AssertionError):
+        check_memory(stepped(row("nag"), tensors, size))
+
+
+@pytest.mark.parametrize("size", [1 << 17, 1 << 21])
+def test_a_slow_kernel_would_be_noticed(size, monkeypatch):
+    run = threads.run
+
+    def slow(jobs, *args):
+        jobs = list(jobs)
+        for _ in range(int(4 * USUAL / LEAST)):
+            run(jobs)
+        run(jobs, *args)
+
+    monkeypatch.setattr(threads, "run", slow)
+    with pytest.raises(AssertionError):
+        check_speed(row("nag"), size, monkeypatch)
