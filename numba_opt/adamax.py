@@ -17,6 +17,13 @@ def adamax(weight, grad, mean, var, lr, beta1, rest1, beta2, epsilon):
     return weight - lr * mean / (var + epsilon), mean, var
 
 
+def torch_adamax(weight, grad, exp_avg, exp_inf, lr, rest1, beta2, eps):
+    """torch.optim.Adamax: `eps` is part of the largest magnitude instead of being added to it."""
+    exp_avg = exp_avg + rest1 * (grad - exp_avg)
+    exp_inf = maximum(beta2 * exp_inf, absolute(grad) + eps)
+    return weight - lr * exp_avg / exp_inf, exp_avg, exp_inf
+
+
 @register
 class Adamax(Optimizer):
     """Adamax: Adam with the infinity norm in place of the second moment.

@@ -235,9 +235,9 @@ def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarra
             if column[t] is not None:
                 what = f"{name} of {label(t)}"
                 rows = per_row and 2 <= c < 2 + n_state
-                _check_shape(column[t], what, (weight.shape[0], 1) if rows else weight.shape)
+                check_shape(column[t], what, (weight.shape[0], 1) if rows else weight.shape)
                 if c > 0:
-                    _check_writable(column[t], what)
+                    check_writable(column[t], what)
                 if 2 <= c < 2 + n_state and column[t].dtype != weight.dtype:
                     raise TypeError(f"{what} is {column[t].dtype}; expected {weight.dtype}, as the weight")
         copies = arrays[2 + n_state : 3 + n_state]
@@ -246,7 +246,7 @@ def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarra
     for t, marks in stamps.items():
         _check_stamps(marks, f"stamps of {label(t)}", arrays[1][t].shape[:1] or (1,))
     last = [stamps.get(t) for t in range(len(arrays[1]))]
-    _check_apart([*arrays, last], [*names, "stamps"], label, apart)
+    check_apart([*arrays, last], [*names, "stamps"], label, apart)
     replaced = []
     for c, column in enumerate(arrays):
         for t, array in enumerate(column):
@@ -267,12 +267,12 @@ def _check_gradient(grad: np.ndarray, weight: np.ndarray, what: str, copy: np.nd
         raise TypeError(f"{what} is {grad.dtype}; expected {expected}, as the weight")
 
 
-def _check_shape(array: np.ndarray, what: str, shape: tuple[int, ...]) -> None:
+def check_shape(array: np.ndarray, what: str, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ValueError(f"{what} has shape {array.shape}; expected {shape}")
 
 
-def _check_writable(array: np.ndarray, what: str) -> None:
+def check_writable(array: np.ndarray, what: str) -> None:
     if not array.flags.writeable:
         raise ValueError(f"{what} is read-only; expected an array that can be written")
     reach = 0  # bytes from the first to past the last element of the inner dimensions
@@ -284,7 +284,7 @@ def _check_writable(array: np.ndarray, what: str) -> None:
         reach = max(reach, array.itemsize) + stride * (length - 1)
 
 
-def _check_apart(
+def check_apart(
     arrays: list[list[Any]],
     names: Sequence[str],
     label: Callable[[int], str],
@@ -316,7 +316,7 @@ def _check_stamps(stamps: Any, what: str, shape: tuple[int, ...]) -> None:
     plain = isinstance(stamps, np.ndarray) and not isinstance(stamps, np.ma.MaskedArray)
     if not (plain and stamps.dtype == np.int64):
         raise TypeError(f"{what} are {_type(stamps)}; expected an array of int64 without a mask")
-    _check_shape(stamps, what, shape)
+    check_shape(stamps, what, shape)
     if not (stamps.flags.c_contiguous and stamps.flags.aligned and stamps.flags.writeable):
         raise ValueError(f"{what} must be contiguous and writable")
 
@@ -342,9 +342,9 @@ def _ask(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
         addresses=np.array([*at, width, [0] * len(width)], np.uint64).T.copy(),
         bytes=np.array([[0 if a is None else a.nbytes for a in column] for column in columns]).T.copy(),
         sizes=np.array([w.size for w in weights], np.int64),
-        codes=np.array([_pack(kinds) for kinds in zip(*numbers, strict=True)], np.int64),
+        codes=np.array([pack(kinds) for kinds in zip(*numbers, strict=True)], np.int64),
     )
 
 
-def _pack(kinds: Sequence[int]) -> int:
+def pack(kinds: Sequence[int]) -> int:
     return sum(kind << (ndarray.BITS * c) for c, kind in enumerate(kinds))

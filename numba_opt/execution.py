@@ -109,19 +109,19 @@ def carry_out(
 ) -> None:
     """Make a step, wholly or, if a signal comes first, not at all; `which` says each one's row of `hyper`."""
     if fused and not work.histories:
-        threads.run(_jobs(rule, work, hyper, which), [*work.bound.write_back(), *after])
+        threads.run(all_jobs(rule, work, hyper, which), [*work.bound.write_back(), *after])
         return
     with interrupts.held_back():
         jobs: list[threads.Job] = []
         if fused:
-            jobs = _jobs(rule, work, hyper, which)
+            jobs = all_jobs(rule, work, hyper, which)
         else:
             on_arrays(rule, work, hyper, which)
         threads.run(jobs, [*work.bound.write_back(), *after])
         work.settle()
 
 
-def _jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
+def all_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
     """The kernel calls of a step, all compiled: rows that are late, sparse gradients, dense ones."""
     number(work.bound.tables, which)
     late = [_catch_up(rule, work, t) for t in work.lagging()]

@@ -19,6 +19,12 @@ def sgd(weight, grad, lr):
     return (weight - lr * grad,)
 
 
+def torch_nag(weight, grad, momentum_buffer, lr, momentum):
+    """torch.optim.SGD with ``nesterov=True``: the learning rate is no part of the momentum."""
+    momentum_buffer = momentum * momentum_buffer + grad
+    return weight - lr * (grad + momentum * momentum_buffer), momentum_buffer
+
+
 @register
 class NAG(Optimizer):
     """Nesterov accelerated gradient.

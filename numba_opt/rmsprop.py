@@ -24,6 +24,35 @@ def centered_rmsprop(weight, grad, mean, var, mom, lr, rho, rest, epsilon, bound
     return clip(weight + mom, bound), mean, var, mom
 
 
+# torch.optim.RMSprop's other variants; its plain one is `rmsprop`, without a bound.
+
+
+def momentum_rmsprop(weight, grad, square_avg, momentum_buffer, lr, alpha, rest, eps, momentum):
+    """Momentum gathers the steps, and the learning rate applies to all of it: torch's ``momentum``."""
+    square_avg = alpha * square_avg + rest * grad * grad
+    momentum_buffer = momentum * momentum_buffer + grad / (sqrt(square_avg) + eps)
+    return weight - lr * momentum_buffer, square_avg, momentum_buffer
+
+
+def deviation_rmsprop(weight, grad, square_avg, grad_avg, lr, alpha, rest, eps):
+    """Gradients are divided by their standard deviation, `eps` outside the root: torch's ``centered``."""
+    square_avg = alpha * square_avg + rest * grad * grad
+    grad_avg = grad_avg + rest * (grad - grad_avg)
+    deviation = sqrt(maximum(square_avg - grad_avg * grad_avg, 0))
+    return weight - lr * grad / (deviation + eps), square_avg, grad_avg
+
+
+def momentum_deviation_rmsprop(
+    weight, grad, square_avg, momentum_buffer, grad_avg, lr, alpha, rest, eps, momentum
+):
+    """Both: torch's ``centered`` with ``momentum``."""
+    square_avg = alpha * square_avg + rest * grad * grad
+    grad_avg = grad_avg + rest * (grad - grad_avg)
+    deviation = sqrt(maximum(square_avg - grad_avg * grad_avg, 0))
+    momentum_buffer = momentum * momentum_buffer + grad / (deviation + eps)
+    return weight - lr * momentum_buffer, square_avg, momentum_buffer, grad_avg
+
+
 @register
 class RMSProp(Optimizer):
     """RMSProp: gradients divided by the root of their running mean square.

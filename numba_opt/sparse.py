@@ -72,7 +72,7 @@ class RowSparse:
         if not self.shape:
             raise ValueError(f"shape must be of at least one dimension, got {shape!r}")
         _check_block(self, "RowSparse")
-        _check_numbers(self.rows, "rows of RowSparse", self.shape[0])
+        check_numbers(self.rows, "rows of RowSparse", self.shape[0])
 
     @classmethod
     def from_csr(cls, matrix: Any, what: str = "matrix") -> RowSparse:
@@ -160,7 +160,7 @@ def joined(sum_so_far: Any, grad: Any, weight: Any, what: str) -> Any:
     if not isinstance(grad, RowSparse):
         grad = RowSparse.from_csr(_as_csr(grad, what), what)
     _check_block(grad, what)
-    _check_numbers(grad.rows, f"rows of {what}", grad.shape[0])
+    check_numbers(grad.rows, f"rows of {what}", grad.shape[0])
     with np.errstate(all="ignore"):
         rows, values = grad.rows.astype(np.int64), grad.values.astype(weight.dtype)
     if sum_so_far is None:
@@ -226,7 +226,7 @@ def _as_csr(grad: Any, what: str) -> Any:
         for name, numbers, limit in (("row", grad.row, height), ("col", grad.col, width)):
             if len(_plain(numbers, f"{name} of {what}", "iu")) != len(data):
                 raise ValueError(f"{name} of {what} has length {len(numbers)}; expected {len(data)}, as data")
-            _check_numbers(numbers, f"{name} of {what}", limit)
+            check_numbers(numbers, f"{name} of {what}", limit)
     elif grad.format == "csc":
         _check_compressed(grad, what, width, height)
     elif grad.format == "bsr":
@@ -245,7 +245,7 @@ def _plain(array: Any, what: str, kinds: str) -> np.ndarray:
     return array
 
 
-def _check_numbers(numbers: np.ndarray, what: str, limit: int) -> None:
+def check_numbers(numbers: np.ndarray, what: str, limit: int) -> None:
     """Refuse numbers outside 0 to `limit`, naming the first."""
     if numbers.size and (int(numbers.min()) < 0 or int(numbers.max()) >= limit):
         k = int(np.flatnonzero((numbers < 0) | (numbers >= limit))[0])
@@ -266,14 +266,19 @@ def _check_block(grad: RowSparse, what: str) -> None:
 def _block_parts(grad: RowSparse, what: str) -> Parts:
     _check_block(grad, what)
     values = _stored(grad.values)
-    rows = np.ascontiguousarray(grad.rows, np.int64)
-    form = f"block {device.code_of(values.dtype)}"
-    order = merge.look(rows, grad.shape[0])
+    return by_row(values, device.code_of(values.dtype), grad.rows, grad.shape[0], what)
+
+
+def by_row(values: np.ndarray, code: str, numbers: np.ndarray, height: int, what: str) -> Parts:
+    """A block of rows, stored as `code` says, and the numbers of the rows they belong to."""
+    rows = np.ascontiguousarray(numbers, np.int64)
+    form = f"block {code}"
+    order = merge.look(rows, height)
     if order == merge.GOOD:
         return Parts(form, values, rows, None, None)
     if order == merge.BAD:
-        _check_numbers(grad.rows, f"rows of {what}", grad.shape[0])
-    touched, starts, order = merge.group(rows, grad.shape[0])
+        check_numbers(numbers, f"rows of {what}", height)
+    touched, starts, order = merge.group(rows, height)
     return Parts(form, values, touched, starts, order)
 
 
@@ -316,7 +321,7 @@ def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> tuple[i
     used = np.ascontiguousarray(indices[: int(indptr[-1])])
     order = _look_at_columns(used, minor)
     if order == merge.BAD:
-        _check_numbers(used, f"indices of {what}", minor)
+        check_numbers(used, f"indices of {what}", minor)
     return int(count), order == merge.GOOD
 
 
