@@ -284,21 +284,20 @@ def by_row(values: np.ndarray, code: str, numbers: np.ndarray, height: int, what
 
 def _csr_parts(matrix: Any, what: str) -> Parts:
     height, width = matrix.shape
-    count, even = _check_compressed(matrix, what, height, width)
-    indices, indptr = np.ascontiguousarray(matrix.indices), np.ascontiguousarray(matrix.indptr)
-    entries = int(indptr[-1])
+    rows, starts, even = _check_compressed(matrix, what, height, width)
+    entries = int(starts[-1])
     data = _stored(matrix.data[:entries])
-    rows, starts = merge.touched_csr(indptr, count)
     code = device.code_of(data.dtype)
-    if even and entries == count * width and bool((np.diff(starts) == width).all()):
+    if even:
         return Parts(f"block {code}", data, rows, None, None)
-    return Parts(f"csr {code}", data, rows, starts, indices)
+    return Parts(f"csr {code}", data, rows, starts, np.ascontiguousarray(matrix.indices[:entries]))
 
 
-def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> tuple[int, bool]:
+def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> tuple[np.ndarray, np.ndarray, bool]:
     """Refuse numbers in a matrix by rows (or columns) that lead outside.
 
-    Returns how many rows hold an entry, and whether the entries' columns are those of full rows.
+    Returns the rows that hold an entry, where each one's entries begin (and where the last one's end), and
+    whether all of these rows are full and their columns in order.
     """
     data = _plain(matrix.data, f"data of {what}", "fV")
     indices = _plain(matrix.indices, f"indices of {what}", "i")
@@ -315,14 +314,15 @@ def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> tuple[i
             raise ValueError(f"{name} of {what} has shape {array.shape}; expected {ndim} dimensions")
     if len(indptr) != major + 1:
         raise ValueError(f"indptr of {what} has length {len(indptr)}; expected {major + 1}, rows and one")
-    count = merge.look_csr(np.ascontiguousarray(indptr), min(len(data), len(indices)))
-    if count < 0:
+    available = min(len(data), len(indices))
+    bad, full, rows, starts = merge.rows_of_csr(np.ascontiguousarray(indptr), available, minor)
+    if bad:
         raise ValueError(_what_is_wrong(indptr, data, indices, what))
-    used = np.ascontiguousarray(indices[: int(indptr[-1])])
+    used = np.ascontiguousarray(indices[: starts[-1]])
     order = _look_at_columns(used, minor)
     if order == merge.BAD:
         check_numbers(used, f"indices of {what}", minor)
-    return int(count), order == merge.GOOD
+    return rows, starts, full and order == merge.GOOD
 
 
 def _look_at_columns(columns: np.ndarray, width: int) -> int:

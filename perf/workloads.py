@@ -237,8 +237,8 @@ def touched(workload: Workload) -> list[tuple[np.ndarray, np.ndarray]]:
     assert rows is not None
     rng = np.random.default_rng(0)
     if rows.occurrences:
-        often = np.minimum(rng.zipf(1.1, 2 * rows.occurrences) - 1, rows.count - 1)
-        often = often[: rows.occurrences - rows.count]
+        chances = 1 / np.arange(1, rows.count + 1)
+        often = rng.choice(rows.count, rows.occurrences - rows.count, p=chances / chances.sum())
         numbers = [rng.permutation(np.concatenate([np.arange(rows.count), often]))]
     else:
         picked = rng.permutation(height)[: rows.count * rows.turns]

@@ -319,21 +319,25 @@ def columns(code: str) -> Any:
     column is not within the width, else UNSORTED if the columns do not run from 0 to the end in each row of
     the width's length, else GOOD. The table's row has the entries' address and the width.
     """
-    whole = np.int32 if code == "i4" else np.int64
+    whole, unsigned = (np.int32, np.uint32) if code == "i4" else (np.int64, np.uint64)
+    largest = np.int64(np.iinfo(whole).max)
 
     @register_jitable
     def span(entry, found, start, stop, chunk, far):
         array = pointers((entry[0],), code)
         width = np.int64(entry[-2])
-        outside = uneven = False
+        highest, uneven = unsigned(0), whole(0)
         first = start - start % width
         while first < stop:
             low, high = max(first, start), min(first + width, stop)
-            for p in range(np.uintp(low), np.uintp(high)):
-                column = load(array, p)[0]
-                outside |= (column < whole(0)) | (column >= whole(width))
-                uneven |= column != whole(p - np.uintp(first))
+            for i in range(np.uintp(low + AHEAD), np.uintp(high + AHEAD), LINE):
+                prefetch(array, i)
+            for j in range(np.uintp(high - low)):
+                column = load(array, np.uintp(low) + j)[0]
+                highest = max(highest, unsigned(column))  # a negative one is higher than all others
+                uneven |= column ^ whole(np.uintp(low - first) + j)
             first += width
+        outside = highest > unsigned(min(width - 1, largest))
         found[chunk, 0] = BAD if outside else UNSORTED if uneven else GOOD
 
     return _over_chunks(span, "columns", (cache.fingerprint(span), code), np.dtype(np.float64))

@@ -88,28 +88,29 @@ def group_by_counting(rows, height):
     return touched[:k].copy(), starts[: k + 1].copy(), order
 
 
-def look_csr(indptr, available):
-    """How many rows of a CSR matrix hold an entry; -1 if `indptr` leads outside or runs backwards."""
-    bad = indptr[0] != 0
-    count = 0
-    for r in range(indptr.size - 1):
-        bad |= indptr[r + 1] < indptr[r]
-        count += indptr[r + 1] > indptr[r]
-    return -1 if bad or indptr[-1] > available else count
+def rows_of_csr(indptr, available, width):
+    """The rows of a CSR matrix that hold an entry, and where the entries of each begin, and of the last end.
 
-
-def touched_csr(indptr, count):
-    """The rows that hold an entry, where each one's entries begin, and where the last one's end."""
-    rows, starts = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
+    Also whether `indptr` leads outside or runs backwards, and whether each of these rows has as many entries
+    as the width.
+    """
+    height = indptr.size - 1
+    rows, starts = np.empty(height + 1, np.int64), np.empty(height + 1, np.int64)  # memory once it is written
+    bad, full = (indptr[0] != 0) | (indptr[height] > available), True
     k = 0
-    for r in range(indptr.size - 1):
+    start = indptr[0]
+    for r in range(height):
+        end = indptr[r + 1]
         rows[k] = r  # written over by the next row if this one is empty
-        starts[k] = indptr[r]
-        k += indptr[r + 1] > indptr[r]
-    starts[k] = indptr[-1]
-    return rows[:count].copy(), starts
+        starts[k] = start
+        bad |= end < start
+        full &= (end == start) | (end - start == width)
+        k += end > start
+        start = end
+    starts[k] = start
+    return bad, full, rows[:k], starts[: k + 1]
 
 
-look, group, look_csr, touched_csr = (
-    cache.compiled(function, cache.fingerprint(function)) for function in (look, group, look_csr, touched_csr)
+look, group, rows_of_csr = (
+    cache.compiled(function, cache.fingerprint(function)) for function in (look, group, rows_of_csr)
 )
