@@ -191,10 +191,10 @@ def overlapping(found: Survey, read: Sequence[np.ndarray] = (), written: Sequenc
     marks = _marks(tensors, columns)  # gradients are only read
     if read or written:
         more = [*read, *written]
-        starts = np.append(starts, np.array([array.ctypes.data for array in more], np.uint64))
-        lengths = np.append(lengths, [array.nbytes for array in more])
-        marks = np.append(marks, [False] * len(read) + [True] * len(written))
-    return clash(starts, lengths, marks, np.argsort(starts))
+        starts = np.concatenate([starts, np.array([array.ctypes.data for array in more], np.uint64)])
+        lengths = np.concatenate([lengths, np.array([array.nbytes for array in more], np.int64)])
+        marks = np.concatenate([marks, np.arange(len(more)) >= len(read)])
+    return clash(starts, lengths, marks, starts.argsort())
 
 
 @functools.lru_cache(maxsize=64)
