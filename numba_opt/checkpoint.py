@@ -136,7 +136,7 @@ def _safetensors() -> Any:
 
 
 def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=32)
+    digest = hashlib.sha256(text.encode())  # processors have instructions for it: 1.4 GB/s, BLAKE2b 0.5
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(repr((name, array.dtype.str, array.shape)).encode())
