@@ -121,7 +121,7 @@ def carry_out(
         work.settle()
 
 
-def all_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
+def all_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Job]:
     """The kernel calls of a step, all compiled: rows that are late, sparse gradients, dense ones."""
     number(work.bound.tables, which)
     late = [_catch_up(rule, work, t) for t in work.lagging()]
@@ -207,7 +207,7 @@ class Prepared:
         return dense_jobs(self.launches, hyper)
 
 
-def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
+def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Job]:
     """The kernel calls for sparse gradients: one for all that are alike, one each where rows catch up."""
     groups: dict[Any, list[int]] = {}
     for t, parts in work.parts.items():
