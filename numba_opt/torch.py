@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,8 @@ REFUSED = {
     "differentiable": "steps are not recorded for autograd",
     "capturable": "steps are not captured in CUDA graphs",
 }
+
+KEPT = 8  # bindings, where gradients come and go
 
 ADDED_LATER = ("momentum_buffer", "mom")  # states that a parameter may lack: momentum begins at 0
 
@@ -60,7 +62,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, {**defaults, **given, "formula": formula})
 
     def _forget(self) -> None:
-        self._binding: Binding | None = None
+        self._bindings: dict[bytes, Binding] = {}  # by which parameters have no gradient
         self._formulas: list[tuple[Any, Formula]] = []  # of each group, with the options they are made of
 
     # ---------------------------------------------------------------- options
@@ -200,12 +202,15 @@ class Optimizer(torch.optim.Optimizer):
         params = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
         grads = list(map(attrgetter("grad"), params))
         kinds = [formula.kind for formula in formulas]
-        binding, self._binding = self._binding, None  # until the step has been made
+        absent = bytes(map(is_, grads, repeat(None)))
+        binding = self._bindings.pop(absent, None)  # until the step has been made
         if binding is None or not binding.refresh(params, grads, kinds, self.state):
+            if binding is not None or len(self._bindings) >= KEPT:
+                self._bindings.clear()
             with torch.no_grad():
                 binding = self._bind(params, grads, kinds)
         binding.step(formulas, rates)
-        self._binding = binding
+        self._bindings[absent] = binding
         return loss
 
     def _bind(self, params: Sequence[Tensor], grads: Sequence[Any], kinds: Sequence[Kind]) -> Binding:
@@ -225,7 +230,7 @@ class Optimizer(torch.optim.Optimizer):
             for member in alike:
                 self._complete(member, kind)
         batches = [Batch(kind, alike, turn) for (kind, turn), alike in members.items()]
-        return Binding(params, grads, kinds, self.state, batches)
+        return Binding(params, kinds, self.state, batches)
 
     def _complete(self, member: Member, kind: Kind) -> None:
         """Make what a parameter's state lacks."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import repeat
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -25,7 +24,8 @@ from .torch_tensors import (
     check_memory,
     check_state,
     check_storage,
-    lie_alike,
+    in_order,
+    laid_out,
     local,
     look,
     parts_of,
@@ -71,13 +71,11 @@ class Binding:
     def __init__(
         self,
         params: Sequence[Tensor],
-        grads: Sequence[Any],
         kinds: Sequence[Kind],
         state: Mapping[Any, Any],
         batches: Sequence[Batch],
     ) -> None:
         self.params, self.kinds, self.batches = params, kinds, batches
-        self.absent = _absent(grads)
         self.keys, self.states = list(state), list(state.values())
 
     def refresh(
@@ -87,10 +85,12 @@ class Binding:
         kinds: Sequence[Kind],
         state: Mapping[Any, Any],
     ) -> bool:
-        """Bring all tables to where everything is now; False if anything needs a closer look."""
+        """Bring all tables to where everything is now; False if anything needs a closer look.
+
+        Gradients are there for the same parameters as before.
+        """
         return (
             _same(params, self.params)
-            and _absent(grads) == self.absent
             and kinds == self.kinds
             and _same(state, self.keys)
             and _same(state.values(), self.states)
@@ -141,53 +141,66 @@ class Batch:
 
     def _bind(self, grads: Sequence[Any]) -> None:
         """Check states, memory and sparse gradients, and make the tables."""
-        rule, labels = self.kind.rule, self.labels
+        rule, n_column = self.kind.rule, 2 + len(self.kind.states)
         self.wrapped = any(local(param) is not param for param in self.params)
         columns = self._columns(grads)
         grads, weights = columns[:2]
-        n_column = 2 + len(self.kind.states)
-        what = ["gradient", "weight", *(f"state {name!r}" for name in self.kind.states)]
-        for name, column in zip(what[2:], columns[2:n_column], strict=True):
-            for label, weight, state in zip(labels, weights, column, strict=True):
-                shape = (weight.shape[0], 1) if rule.per_row else tuple(weight.shape)
-                check_state(state, weight, shape, f"{name} of {label}")
         self.types = list(map(type, grads))
         self.sparse = [t for t, grad in enumerate(grads) if grad.layout != torch.strided]
-        columns[0] = self._dense(grads)
-        for name, column in zip(what, columns, strict=False):
-            for label, tensor in zip(labels, column, strict=True):
-                if tensor is not None:
-                    check_storage(tensor, f"{name} of {label}")
+        self._check(columns)
         self._take_parts(grads)
-        arrays = [
-            lie_alike(group, by_row=rule.per_row or t in self.sparse)
-            for t, group in enumerate(zip(*columns[:n_column], strict=True))
+        self.orders = [
+            in_order(weight, by_row=rule.per_row or t in self.parts) for t, weight in enumerate(weights)
         ]
-        self.found = survey(arrays)
+        self.odd: list[int] = []  # positions of gradients that lie otherwise than their weights
+        columns[0] = self._dense(grads)
+        work = [list(map(laid_out, column, self.orders)) for column in columns[:n_column]]
+        self.odd = [t for t, grad in enumerate(columns[0]) if work[0][t] is not grad]
+        columns[0] = work[0]
         self.replaced = [
             (given.detach(), array)
-            for group, *column in zip(arrays, *columns[1:n_column], strict=True)
-            for given, array in zip(column, group[1:], strict=True)
+            for column, arrays in zip(columns[1:n_column], work[1:], strict=True)
+            for given, array in zip(column, arrays, strict=True)
             if array is not given
         ]
-        plain = not self.replaced and all(map(is_, columns[0], map(itemgetter(0), arrays)))
-        if not plain or self._overlapping():
-            check_memory(columns[:n_column], what, labels, self.parts)
+        self.found = survey(work)
+        if self.replaced or self._overlapping():
+            check_memory(columns[:n_column], self._what()[:n_column], self.labels, self.parts)
         self.tables = device.tables(self.found, rule.n_state)
         self.launches = execution.launches(rule, self.tables)
         self.numbered: Any = None  # by which rows of hyper-parameters the tables' tensors are numbered
-        items = [[1 if x is None else x.element_size() for x in group] for group in arrays]
-        self.items = np.array(items, np.uint64)
+        sizes = [[1 if x is None else x.element_size() for x in column] for column in work]
+        self.item_sizes = np.array(sizes, np.uint64).T
         self.counters = np.array([x.data_ptr() for c in columns[n_column:] for x in c], np.uint64)
-        self.held: Any = (arrays, columns)  # alive until the step has been made
+        self.held: Any = (work, columns)  # alive until the step has been made
         self.ids = ndarray.objects(columns)
-        self.plain = plain
         self.seen = unseen(self.ids, max(weight.ndim for weight in weights))
         look(columns, self.ids, self.seen)
 
-    def _dense(self, grads: Sequence[Any]) -> Sequence[Any]:
-        """Gradients, without those that are sparse."""
-        return [None if t in self.sparse else grad for t, grad in enumerate(grads)] if self.sparse else grads
+    def _what(self) -> list[str]:
+        """What the columns hold."""
+        return ["gradient", "weight", *(f"state {name!r}" for name in self.names)]
+
+    def _check(self, columns: Sequence[Sequence[Any]]) -> None:
+        """Refuse states that do not fit, and whatever lies outside its storage."""
+        weights, states = columns[1], range(2, 2 + len(self.kind.states))
+        for c, (name, column) in enumerate(zip(self._what(), columns, strict=True)):
+            for label, weight, tensor in zip(self.labels, weights, column, strict=True):
+                what = f"{name} of {label}"
+                if c in states:
+                    shape = (weight.shape[0], 1) if self.kind.rule.per_row else tuple(weight.shape)
+                    check_state(tensor, weight, shape, what)
+                if tensor.layout == torch.strided:
+                    check_storage(tensor, what)
+
+    def _dense(self, grads: Sequence[Any]) -> list[Any]:
+        """Gradients as kernels can take them, None for those that are sparse."""
+        found = list(grads)
+        for t in self.sparse:
+            found[t] = None
+        for t in self.odd:
+            found[t] = laid_out(found[t], self.orders[t])
+        return found
 
     def _take_parts(self, grads: Sequence[Any]) -> None:
         """Look at the sparse gradients."""
@@ -204,7 +217,7 @@ class Batch:
     def refresh(self, grads: Sequence[Any]) -> bool:
         """Bring the tables to where everything is now; False if anything needs a closer look."""
         grads = [grads[at] for at in self.positions]
-        if not (self.plain and self._has_states()):
+        if self.replaced or not self._has_states():
             return False
         if self.wrapped and list(map(placements, grads)) != list(map(placements, self.params)):
             return False
@@ -248,7 +261,7 @@ class Batch:
         now = self.seen[..., 0].T.astype(np.uint64)
         now, counters = now[:, :n_column], now[:, n_column:]
         full = found.bytes > 0
-        if (full & ((now == 0) | (now % self.items != 0))).any():
+        if not counters.all() or (full & ((now == 0) | (now % self.item_sizes != 0))).any():
             return False
         moved = full & (now != found.addresses[:, :n_column])
         for c, column in enumerate(columns[:n_column]):
@@ -284,7 +297,7 @@ class Batch:
 
     def let_go(self) -> None:
         """Forget the gradients."""
-        self.held, self.parts, self.replaced = (), {}, []
+        self.held, self.parts = (), {}
 
     def _hyper(
         self, formulas: Sequence[Formula], rates: Sequence[float]
@@ -311,7 +324,3 @@ class Batch:
 def _same(some: Any, others: Any) -> bool:
     """Whether two collections hold the same objects in the same order."""
     return len(some) == len(others) and all(map(is_, some, others))
-
-
-def _absent(grads: Sequence[Any]) -> list[bool]:
-    return list(map(is_, grads, repeat(None)))

@@ -134,42 +134,38 @@ def _strides(tensor: Tensor, strides: Sequence[int]) -> list[tuple[int, int]]:
     return [(stride, n) for stride, n in zip(strides, tensor.shape, strict=True) if n > 1]
 
 
-def _laid_out(tensor: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+def in_order(weight: Tensor, by_row: bool) -> tuple[int, ...] | None:
+    """The strides that a parameter's tensors must have: the weight's if it fills its memory, else None."""
+    return weight.stride() if _fills(weight) and not by_row else None
+
+
+def laid_out(tensor: Any, order: tuple[int, ...] | None) -> Any:
     """A tensor as it lies if it has these strides (None: rows after rows) and is aligned, else a copy."""
-    if strides is None:
-        strides = (*(math.prod(tensor.shape[d + 1 :]) for d in range(tensor.ndim)),)
-    alike = _strides(tensor, tensor.stride()) == _strides(tensor, strides)
+    if tensor is None:
+        return None
+    if order is None:
+        order = (*(math.prod(tensor.shape[d + 1 :]) for d in range(tensor.ndim)),)
+    alike = _strides(tensor, tensor.stride()) == _strides(tensor, order)
     if alike and tensor.data_ptr() % tensor.element_size() == 0 and not tensor.is_neg():
         return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor.detach())
+    return torch.empty_strided(tensor.shape, order, dtype=tensor.dtype).copy_(tensor.detach())
 
 
-def lie_alike(group: Sequence[Tensor | None], by_row: bool) -> list[Any]:
-    """A parameter's gradient or None, weight and states as a kernel can take them, copied where it cannot.
-
-    Rows after rows if `by_row`, else in the weight's own order.
-    """
-    weight = group[1]
-    assert weight is not None
-    strides = weight.stride() if _fills(weight) and not by_row else None
-    return [None if tensor is None else _laid_out(tensor, strides) for tensor in group]
-
-
-def survey(groups: Sequence[Sequence[Tensor | None]]) -> ndarray.Survey:
-    """Where each parameter's gradient (or None), weight and states are, as tables are made of it."""
-    rows, held, codes, sizes = [], [], [], []
-    for group in groups:
-        weight = group[1]
-        assert weight is not None
-        height = weight.shape[0] if weight.ndim else 1
-        rows.append([0 if x is None else x.data_ptr() for x in group])
-        rows[-1] += [weight.numel() // height if height else 1, 0]
-        held.append([0 if x is None else x.numel() * x.element_size() for x in group])
-        kinds = [ndarray.ABSENT if x is None else ndarray.CODES.index(CODES[x.dtype]) for x in group]
-        codes.append(device.pack(kinds))
-        sizes.append(weight.numel())
+def survey(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
+    """Where gradients (or None), weights and states are, as tables are made of it."""
+    sizes = [weight.numel() for weight in columns[1]]
+    heights = [weight.shape[0] if weight.ndim else 1 for weight in columns[1]]
+    widths = [size // height if height else 1 for size, height in zip(sizes, heights, strict=True)]
+    at = [[0 if x is None else x.data_ptr() for x in column] for column in columns]
+    kinds = [
+        [ndarray.ABSENT if x is None else ndarray.CODES.index(CODES[x.dtype]) for x in column]
+        for column in columns
+    ]
     return ndarray.Survey(
-        np.array(rows, np.uint64), np.array(held), np.array(sizes, np.int64), np.array(codes, np.int64)
+        addresses=np.array([*at, widths, [0] * len(sizes)], np.uint64).T.copy(),
+        bytes=np.array([[0 if x is None else x.nbytes for x in column] for column in columns]).T.copy(),
+        sizes=np.array(sizes, np.int64),
+        codes=np.array([device.pack(codes) for codes in zip(*kinds, strict=True)], np.int64),
     )
 
 
@@ -224,7 +220,7 @@ def parts_of(grad: Tensor, what: str) -> sparse.Parts:
         real = torch.float64 if values.dtype == torch.float64 else torch.float32
         sums = torch.zeros((len(rows), *grad.shape[1:]), dtype=real)
         values = sums.index_put_((places, *indices[1:]), values.to(real), accumulate=True)
-    block = _memory(_laid_out(values, None))
+    block = _memory(laid_out(values, None))
     return sparse.by_row(block, CODES[values.dtype], rows.numpy(), grad.shape[0], what)
 
 

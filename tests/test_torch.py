@@ -310,7 +310,7 @@ def test_schedulers(ours, theirs, options, name):
         two.step()
         for scheduler in schedulers:
             scheduler.step()
-        plans.append(one._binding)
+        plans.append(list(one._bindings.values()))
     assert plans[1:] == [plans[1]] * 7  # nothing is bound anew because an option changes
     near(a, b, rtol=2e-5, atol=3e-6)
 
