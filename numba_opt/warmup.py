@@ -25,6 +25,7 @@ import numpy as np
 from numba.core import event
 
 from . import device, interrupts
+from .ftml import FTML
 from .kernels import cache, cpu, merge, ndarray, threads
 from .nag import NAG
 from .optimizer import Optimizer, create
@@ -36,6 +37,7 @@ __all__ = ["Summary", "warmup"]
 VARIANTS: dict[type[Optimizer], tuple[dict[str, Any], ...]] = {
     NAG: ({}, {"momentum": 0}),
     RMSProp: ({}, {"centered": True}),
+    FTML: ({}, {"reduced": True}),
 }
 
 CODES = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "b2"}
