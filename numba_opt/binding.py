@@ -91,6 +91,9 @@ class Binding:
     def bind(self, optimizer: Optimizer) -> execution.Work | None:
         """Get hold of the arrays: None if all are plain and `prepared` has them, else all about them."""
         request = self.request
+        if optimizer._stored != request.stored:  # it has been changed, by a checkpoint perhaps
+            request = self.request = request._replace(stored=optimizer._stored)
+            self.prepared = execution.Prepared(len(request.columns), len(self.positions))
         plain = optimizer.use_fused_step and not self.stamps and ndarray.readable()
         if plain and self.prepared.take(self.ids, request, optimizer._rule()):
             return None

@@ -192,9 +192,9 @@ class Prepared:
                     table.addresses[:, :-2] = found.addresses[table.members, :-2]
             return True
         self.launches = []
-        if answer == ndarray.STRANGE or not device.fit(found, n_state):
+        if answer == ndarray.STRANGE or not device.fit(found, n_state, request.stored):
             return False
-        self.tables = device.tables(found, n_state)
+        self.tables = device.tables(found, n_state, request.stored)
         self.launches = launches(rule, self.tables)
         self.which = ()
         return True
@@ -212,7 +212,7 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[
     groups: dict[Any, list[int]] = {}
     for t, parts in work.parts.items():
         own = t if t in work.histories else None
-        groups.setdefault((parts.form, _layout(work, t), own), []).append(t)
+        groups.setdefault((parts.form, _layout(rule, work, t), own), []).append(t)
     jobs = []
     for (form, layout, own), members in groups.items():
         real = cpu.compute_dtype(layout.split()[0])
@@ -237,7 +237,7 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[
 
 def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
     """The kernel call that brings all rows of a parameter up to date."""
-    history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(work, t)
+    history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(rule, work, t)
     stamps = work.stamps[t].ctypes.data
     entry = [0, 0, 0, 0, stamps, history.recorded, 0, 0, *_own(rule, layout, arrays), 0]
     elements = int(work.bound.found.sizes[t])
@@ -246,9 +246,10 @@ def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
     return kernel, (table, offsets, history.rows()), elements
 
 
-def _layout(work: Work, t: int) -> str:
-    """How a parameter's own arrays are stored: its weight, states and perhaps copy."""
-    return device.own_layout(int(work.bound.found.codes[t]), work.bound.found.bytes.shape[1])
+def _layout(rule: Rule, work: Work, t: int) -> str:
+    """How a parameter's own arrays are laid out: its weight, states and perhaps copy."""
+    found, stored = work.bound.found, work.bound.stored
+    return device.own_layout(int(found.codes[t]), found.bytes.shape[1], rule.n_state, stored)
 
 
 def _own(rule: Rule, layout: str, addresses: np.ndarray) -> list[int]:
@@ -314,8 +315,8 @@ def _apply(rule: Rule, grad: Any, weight: Any, rest: Sequence[Any], hyper: Any) 
         reduced = (np.sum(np.square(g), axis=1, keepdims=True) / real(width),) if rule.per_row else ()
         out = rule.function(w, g, *state, *reduced, *h[3:])
         for array, new in zip((weight, *rest), (*out, out[0]), strict=False):
-            if array is not None:
-                array[...] = new
+            if array is not None:  # half precision is rounded from float32, as the kernels do
+                array[...] = new if array.dtype == np.float64 else new.astype(np.float32)
 
 
 def flush(rule: Rule, work: Work, fused: bool) -> None:

@@ -78,6 +78,11 @@ class Optimizer:
         row takes its steps later, when it is touched again or at `flush`. States are then
         ``(state, stamps)``, with one stamp for each row.
 
+    state_dtype : {"float32", "bfloat16", "float16"}, optional
+        The dtype of the states, as a name, a NumPy dtype or a torch dtype. Arithmetic is in the weight's
+        precision, at least float32; what is stored is rounded to nearest, ties to even. Default: the weight's
+        dtype, or float32 beside a float32 copy.
+
     Attributes
     ----------
     rule : callable
@@ -135,6 +140,7 @@ class Optimizer:
         use_fused_step: bool | None = None,
         lazy_update: bool = True,
         sparse_update: str = "lazy",
+        state_dtype: Any = None,
         **kwargs: Any,
     ) -> None:
         if kwargs:
@@ -163,6 +169,10 @@ class Optimizer:
         self.sparse_update = arguments.choice("sparse_update", sparse_update, ("lazy", "dense", "exact"))
         if not lazy_update and sparse_update == "lazy":
             self.sparse_update = "dense"
+        if state_dtype is not None and device.name_of(state_dtype) not in device.STATE_DTYPES:
+            names = ", ".join(map(repr, device.STATE_DTYPES))
+            raise ValueError(f"state_dtype must be one of {names}, got {state_dtype!r}")
+        self.state_dtype = None if state_dtype is None else device.name_of(state_dtype)
         self.lr_mult: dict[Index, float] = {}
         self.wd_mult: dict[Index, float] = {}
         self._history: dict[Index, execution.History] = {}
@@ -294,6 +304,11 @@ class Optimizer:
 
     # ---------------------------------------------------------------- states
 
+    @property
+    def _stored(self) -> str:
+        """How states are stored, as a code in layouts; empty: as their weight."""
+        return "" if self.state_dtype is None else device.STATE_DTYPES[self.state_dtype]
+
     def create_state(self, index: Index, weight: Any) -> Any:
         """The states of one parameter, all zero: None, an array, or a tuple of arrays.
 
@@ -302,7 +317,8 @@ class Optimizer:
         index : int
             The parameter's index.
         weight : array
-            The parameter. States have its shape and dtype; where `per_row` is set, shape ``(rows, 1)``.
+            The parameter. States have its shape, or ``(rows, 1)`` where `per_row` is set, and its dtype, or
+            `state_dtype` if that is given.
         """
         weight = device.as_array(weight, f"weight of {self._label(index)}")
         shape = weight.shape
@@ -310,7 +326,8 @@ class Optimizer:
             if len(shape) != 2:
                 raise ValueError(f"weight of {self._label(index)} has shape {shape}; expected 2 dimensions")
             shape = (shape[0], 1)
-        zeros = tuple(np.zeros(shape, weight.dtype) for _ in self.state_names)
+        dtype = device.state_dtype(self._stored, weight.dtype)
+        zeros = tuple(np.zeros(shape, dtype) for _ in self.state_names)
         state = zeros if len(zeros) > 1 else zeros[0] if zeros else None
         if self.sparse_update == "exact":
             self._history.pop(index, None)  # a new state owes no steps
@@ -324,8 +341,9 @@ class Optimizer:
             if self.multi_precision:
                 master = array.astype(np.float32)
                 return master, self.create_state(index, master)
+            what = "states" if self.state_dtype is None else "weights"
             warnings.warn(
-                f"states in {array.dtype} can make training inaccurate or slow to converge; "
+                f"{what} in {array.dtype} can make training inaccurate or slow to converge; "
                 "multi_precision=True keeps float32 copies",
                 stacklevel=2,
             )
@@ -420,13 +438,13 @@ class Optimizer:
         """The step if all arrays are plain; False, and nothing done, if any needs a closer look."""
         if not indices or not ndarray.readable():
             return False
-        rule, size = self._rule(), (len(request.columns), len(indices))
+        rule, size = self._rule(), (len(request.columns), len(indices), request.stored)
         try:  # whoever takes it has it alone: other threads may use this optimizer
             kept, prepared = self._prepared.pop()
         except IndexError:
             kept = None
         if kept != (rule, size):
-            prepared = execution.Prepared(*size)
+            prepared = execution.Prepared(*size[:2])
         try:
             if not prepared.take(ndarray.objects(request.columns), request, rule):
                 return False
@@ -522,7 +540,8 @@ class Optimizer:
         def label(t: int) -> str:
             return self._label(indices[t])
 
-        return device.Request(columns, self.state_names, self.per_row, label), stamps
+        request = device.Request(columns, self.state_names, self.per_row, label, stored=self._stored)
+        return request, stamps
 
     def _masters(
         self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]

@@ -9,7 +9,7 @@ A table has a row of uint64 for each tensor: the addresses of its gradient, of i
 and of the copy of the weight in half precision (0 where there is none), then the length of its rows, and
 the number of its row of hyper-parameters. Those are reals: ``rescale, clip, wd`` and then the rule's own.
 How the elements behind the addresses are stored is the table's layout, one code for each array, such as
-``"f2 f4 f4 f2"``: a float16 gradient and copy, a float32 weight and state.
+``"f2 f4 b2 f2"``: a float16 gradient and copy, a float32 weight, a bfloat16 state.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def _element_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callab
     """A loop over a range of elements of one tensor."""
     rule = register_jitable(rule)  # not njit: a dispatcher's random id would defeat the disk cache
     n_array = len(layout.split())
+    real = compute_dtype(layout.split()[1]).type
     end = 2 + n_state  # of what is read; a copy may follow, which is written
     n_hyper = 3 + rule.__code__.co_argcount - end
 
@@ -97,7 +98,7 @@ def _element_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callab
                     prefetch(array, i)
             # an index that may be negative won't vectorise
             for i in range(np.uintp(first), np.uintp(min(first + BLOCK, stop))):
-                value = load(array[:end], i)
+                value = load(array[:end], i, real)
                 grad = prepare(value[0], value[1], h[0], h[1], h[2])
                 out = rule(value[1], grad, *value[2:], *h[3:])
                 store(array[1:end], i, out)
@@ -130,7 +131,7 @@ def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str)
     With `per_row` its mean square comes first, then its elements; the states are one number each.
     """
     rule = register_jitable(rule)
-    real = compute_dtype(layout.split()[1])
+    real = compute_dtype(layout.split()[1]).type
     end = 2 + n_state
     n_hyper = 3 + rule.__code__.co_argcount - end - (1 if per_row else 0)
 
@@ -139,8 +140,8 @@ def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str)
         h = to_fixed_tuple(hyper, n_hyper)
         first, source = np.uintp(r * width), np.uintp(at * width)
         for j in range(np.uintp(width)):
-            grad = load(array[:1], source + j)
-            value = load(array[1:end], first + j)
+            grad = load(array[:1], source + j, real)
+            value = load(array[1:end], first + j, real)
             grad = prepare(grad[0], value[0], h[0], h[1], h[2])
             out = rule(value[0], grad, *value[1:], *h[3:])
             store(array[1:end], first + j, out)
@@ -150,17 +151,17 @@ def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str)
     def reduced_row(array, hyper, width, r, at):
         h = to_fixed_tuple(hyper, n_hyper)
         first, source = np.uintp(r * width), np.uintp(at * width)
-        state = new = load(array[2:end], np.uintp(r))
-        total = real.type(0)
+        state = new = load(array[2:end], np.uintp(r), real)
+        total = real(0)
         for j in range(np.uintp(width)):
-            grad = load(array[:1], source + j)
-            weight = load(array[1:2], first + j)
+            grad = load(array[:1], source + j, real)
+            weight = load(array[1:2], first + j, real)
             grad = prepare(grad[0], weight[0], h[0], h[1], h[2])
             total = add(total, grad * grad)
-        mean_square = total / real.type(width)
+        mean_square = total / real(width)
         for j in range(np.uintp(width)):
-            grad = load(array[:1], source + j)
-            weight = load(array[1:2], first + j)
+            grad = load(array[:1], source + j, real)
+            weight = load(array[1:2], first + j, real)
             grad = prepare(grad[0], weight[0], h[0], h[1], h[2])
             out = rule(weight[0], grad, *state, mean_square, *h[3:])
             store(array[1:2], first + j, out[:1])

@@ -48,11 +48,12 @@ def pointers(typingctx, addresses, layout):
 
 
 @intrinsic
-def load(typingctx, pointers, i):
-    """The elements number `i` behind a tuple of pointers, as a tuple of numbers."""
+def load(typingctx, pointers, i, real=None):
+    """The elements number `i` behind a tuple of pointers, as a tuple of numbers, all `real` if given."""
     kinds = [pointer.dtype for pointer in pointers]
-    numbers = [types.float32 if kind in (half.HALF, half.BFLOAT) else kind for kind in kinds]
-    sig = types.BaseTuple.from_types(numbers)(pointers, i)
+    plain = [types.float32 if kind in (half.HALF, half.BFLOAT) else kind for kind in kinds]
+    numbers = plain if real is None else [real.dtype] * len(kinds)
+    sig = types.BaseTuple.from_types(numbers)(pointers, i, types.none if real is None else real)
 
     def codegen(context, builder, sig, args):
         found = cgutils.unpack_tuple(builder, args[0], len(kinds))
@@ -60,7 +61,8 @@ def load(typingctx, pointers, i):
             half.decode(context, builder, builder.load(builder.gep(pointer, [args[1]])), kind)
             for pointer, kind in zip(found, kinds, strict=True)
         ]
-        return context.make_tuple(builder, sig.return_type, values)
+        cast = [context.cast(builder, *each) for each in zip(values, plain, numbers, strict=True)]
+        return context.make_tuple(builder, sig.return_type, cast)
 
     return sig, codegen
 
