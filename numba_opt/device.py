@@ -62,7 +62,7 @@ class Request(NamedTuple):
     at a position is called, for the errors. With `per_row`, weights are matrices and a state has the shape
     ``(rows, 1)``. A gradient that is None comes another way: `apart` then has the arrays that hold it, by
     position, which must not share memory with what is written. States are `stored` as that code says, or, if
-    it is empty, as the weight.
+    it is empty, as the weight; if they are rounded stochastically, `numbers` has one for each weight.
     """
 
     columns: Columns
@@ -72,6 +72,7 @@ class Request(NamedTuple):
     apart: Mapping[int, Sequence[np.ndarray]] = {}
     stamps: Mapping[int, Any] = {}  # of rows, where they catch up exactly: written, too
     stored: str = ""
+    numbers: tuple[int, ...] = ()
 
     @property
     def n_state(self) -> int:
@@ -100,6 +101,8 @@ def bind(request: Request) -> Bound:
     if found is None or not _fit_apart(found, request):
         columns, replaced = _one_by_one(request)
         found = _ask(columns)
+    if request.numbers:
+        found.addresses[:, -3] = request.numbers
     return Bound(tables(found, request.n_state, request.stored), found, columns, replaced, request.stored)
 
 
@@ -146,7 +149,8 @@ def tables(found: ndarray.Survey, n_state: int, stored: str = "") -> list[Table]
 def layout_of(code: int, columns: int, n_state: int, stored: str = "") -> str:
     """How arrays with these dtypes are laid out for a kernel; empty if none takes them together.
 
-    States must be `stored` as that code says, or, if it is empty, as the weight.
+    States must be `stored` as that code says, or, if it is empty, as the weight. A code with "s" before it
+    asks for stochastic rounding.
     """
     numbers = [code >> (ndarray.BITS * c) & ndarray.ABSENT for c in range(columns)]
     if numbers[-1] == ndarray.ABSENT:
@@ -155,8 +159,9 @@ def layout_of(code: int, columns: int, n_state: int, stored: str = "") -> str:
         return ""
     grad, weight, *rest = (ndarray.CODES[number] for number in numbers)
     states, copy = rest[:n_state], rest[n_state:]
-    fits = grad in gradients_for(weight, *copy) and all(state == (stored or weight) for state in states)
-    return " ".join((grad, weight, *rest)) if fits else ""
+    kept = stored or weight
+    fits = grad in gradients_for(weight, *copy) and all(state == kept[-2:] for state in states)
+    return " ".join((grad, weight, *[kept] * n_state, *copy)) if fits else ""
 
 
 def own_layout(code: int, columns: int, n_state: int, stored: str = "") -> str:
@@ -168,13 +173,14 @@ def own_layout(code: int, columns: int, n_state: int, stored: str = "") -> str:
 
 def state_dtype(stored: str, weight: np.dtype) -> np.dtype:
     """The dtype of the states of a weight, where they are stored as that code says, or as the weight."""
-    if stored == "b2":
+    code = stored[-2:]
+    if code == "b2":
         try:
             import ml_dtypes
         except ImportError as error:
             raise ImportError("bfloat16 states need ml_dtypes: pip install numba_opt[bfloat16]") from error
         return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(stored) if stored else weight
+    return np.dtype(code) if code else weight
 
 
 def gradients_for(weight: str, copy: str = "") -> tuple[str, ...]:
@@ -234,7 +240,7 @@ def _type(value: Any) -> str:
 
 def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarray, np.ndarray]]]:
     """The columns as arrays that a kernel can take, and what stands in for others; all of it checked."""
-    columns, _, per_row, label, apart, stamps, stored = request
+    columns, _, per_row, label, apart, stamps, stored, _ = request
     names, n_state = request.names(), request.n_state
 
     def may_lack(c: int, t: int) -> bool:
@@ -358,13 +364,14 @@ def _ask(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
     """What `numba_opt.kernels.ndarray.read` finds, from each array's own word."""
     weights = columns[1]
     width = [w.size // w.shape[0] if w.ndim and w.shape[0] else 1 for w in weights]
+    blank = [0] * len(weights)
     at = [[0 if a is None else a.__array_interface__["data"][0] for a in column] for column in columns]
     numbers = [
         [ndarray.ABSENT if a is None else ndarray.CODES.index(code_of(a.dtype)) for a in column]
         for column in columns
     ]
     return ndarray.Survey(
-        addresses=np.array([*at, width, [0] * len(width)], np.uint64).T.copy(),
+        addresses=np.array([*at, blank, width, blank], np.uint64).T.copy(),
         bytes=np.array([[0 if a is None else a.nbytes for a in column] for column in columns]).T.copy(),
         sizes=np.array([w.size for w in weights], np.int64),
         codes=np.array([pack(kinds) for kinds in zip(*numbers, strict=True)], np.int64),
