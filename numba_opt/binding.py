@@ -33,7 +33,7 @@ class Binding:
         self.grads: Sequence[Any] = positions  # stands for gradients, until they come
         self.request, self.stamps = trainer._request(positions, positions)
         self.ids = ndarray.objects(self.request.columns)
-        self.prepared = execution.Prepared(len(self.request.columns), len(positions))
+        self.prepared = execution.Prepared(self.request)
         self.groups: list[Group] = []
         self.which = [0] * len(positions)  # each parameter's group
         self.mults: tuple[Any, ...] = ({}, {})  # the optimizer's, as of which the groups are made
@@ -91,6 +91,11 @@ class Binding:
     def bind(self, optimizer: Optimizer) -> execution.Work | None:
         """Get hold of the arrays: None if all are plain and `prepared` has them, else all about them."""
         request = self.request
+        if optimizer._stored != request.stored:  # it has been changed, by a checkpoint perhaps
+            request = self.request = request._replace(
+                stored=optimizer._stored, numbers=optimizer._numbers(self.positions)
+            )
+            self.prepared = execution.Prepared(request)
         plain = optimizer.use_fused_step and not self.stamps and ndarray.readable()
         if plain and self.prepared.take(self.ids, request, optimizer._rule()):
             return None

@@ -25,6 +25,7 @@ import numpy as np
 from numba.core import event
 
 from . import device, interrupts
+from .ftml import FTML
 from .kernels import cache, cpu, merge, ndarray, threads
 from .nag import NAG
 from .optimizer import Optimizer, create
@@ -36,6 +37,7 @@ __all__ = ["Summary", "warmup"]
 VARIANTS: dict[type[Optimizer], tuple[dict[str, Any], ...]] = {
     NAG: ({}, {"momentum": 0}),
     RMSProp: ({}, {"centered": True}),
+    FTML: ({}, {"reduced": True}),
 }
 
 CODES = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "b2"}
@@ -186,11 +188,7 @@ def _codes(dtypes: Any) -> list[str]:
     several = isinstance(dtypes, Iterable) and not isinstance(dtypes, (str, np.dtype, type))
     codes = []
     for dtype in dtypes if several else [dtypes]:
-        name = dtype
-        if not isinstance(dtype, str):
-            with contextlib.suppress(TypeError):
-                name = np.dtype(dtype).name
-        name = str(name).removeprefix("torch.")
+        name = device.name_of(dtype)
         if name not in CODES:
             raise ValueError(f"dtypes must be among {', '.join(CODES)}, got {dtype!r}")
         codes.append(CODES[name])
@@ -228,7 +226,8 @@ def _of_rule(optimizer: Optimizer, code: str, copied: bool, sparse: bool) -> Ite
     """The kernels of an optimizer for weights of some dtype, perhaps with float32 copies."""
     rule = optimizer._rule()
     copy = [code] if copied else []
-    own = " ".join(["f4" if copied else code] * (1 + rule.n_state) + copy)
+    weight = "f4" if copied else code
+    own = " ".join([weight, *[optimizer._stored or weight] * rule.n_state, *copy])
     for grad in device.gradients_for("f4", *copy) if copied else [code]:
         yield Kernel("dense", (*rule, f"{grad} {own}"))
     if sparse and optimizer.sparse_update != "dense":
