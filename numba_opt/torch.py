@@ -308,7 +308,8 @@ class NAG(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         "mxnet" is the formula of `numba_opt.NAG`, with that class's options and state.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------
@@ -403,7 +404,8 @@ class RMSProp(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         "mxnet" is the formula of `numba_opt.RMSProp`, with that class's options and states.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------
@@ -503,7 +505,8 @@ class Adamax(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         "mxnet" is the formula of `numba_opt.Adamax`, with that class's options and states.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------
@@ -577,7 +580,8 @@ class FTML(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         Whether options have torch's names or those of `numba_opt.FTML`. The formula is the same.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------
@@ -649,7 +653,8 @@ class GroupAdaGrad(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         Whether options have torch's names or those of `numba_opt.GroupAdaGrad`. The formula is the same.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------
