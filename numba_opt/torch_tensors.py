@@ -156,13 +156,14 @@ def survey(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
     sizes = [weight.numel() for weight in columns[1]]
     heights = [weight.shape[0] if weight.ndim else 1 for weight in columns[1]]
     widths = [size // height if height else 1 for size, height in zip(sizes, heights, strict=True)]
+    blank = [0] * len(sizes)
     at = [[0 if x is None else x.data_ptr() for x in column] for column in columns]
     kinds = [
         [ndarray.ABSENT if x is None else ndarray.CODES.index(CODES[x.dtype]) for x in column]
         for column in columns
     ]
     return ndarray.Survey(
-        addresses=np.array([*at, widths, [0] * len(sizes)], np.uint64).T.copy(),
+        addresses=np.array([*at, blank, widths, blank], np.uint64).T.copy(),
         bytes=np.array([[0 if x is None else x.nbytes for x in column] for column in columns]).T.copy(),
         sizes=np.array(sizes, np.int64),
         codes=np.array([device.pack(codes) for codes in zip(*kinds, strict=True)], np.int64),
