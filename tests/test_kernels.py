@@ -353,3 +353,62 @@ def test_more_elements_than_2_to_the_31():
     assert weight[places].tolist() == [-0.5 * k for k in range(1, len(places) + 1)]
     assert np.count_nonzero(weight) == len(places)
     assert small.tolist() == [0.5] * 5
+
+
+# ---------------------------------------------------------------- half precision
+
+# Each layout's loads and stores, as instructions that must be there for several elements at once.
+LAYOUTS = {
+    ("adamax", "f2 f2 f2 f2"): "vcvtph2ps vcvtps2ph",
+    ("adamax", "b2 b2 b2 b2"): "vpslld vpsrld vpaddd",
+    ("nag", "f2 f4 f4 f2"): "vcvtph2ps vcvtps2ph",  # with a float32 copy
+    ("nag", "b2 f4 f4 b2"): "vpslld vpsrld vpaddd",
+    ("ftml", "f4 f4 b2 b2 b2"): "vpslld vpsrld vpaddd vsqrtps vdivps",  # state_dtype
+    ("ftml", "f4 f4 f2 f2 f2"): "vcvtph2ps vcvtps2ph vsqrtps vdivps",
+    ("rmsprop", "f4 f4 sb2"): "vpslld vpsrld vpmulld vsqrtps",  # stochastic_rounding
+    ("rmsprop", "f4 f4 sf2"): "vcvtph2ps vpsrld vpmulld vcvttps2dq vsqrtps",
+    ("ftml", "f4 f4 f4 f4 f4"): "vsqrtps vdivps",
+}
+
+HALVES = """
+from numba_opt.kernels import cpu, half
+code = {}
+for line in json.loads(sys.argv[1]):
+    name, layout = line.split(" ", 1)
+    kernel = cpu.dense(*table.build(table.row(name))._rule(), layout)
+    code[line] = "".join(kernel.inspect_asm().values())
+from numba.core.registry import cpu_target
+print(json.dumps({"f16c": bool(half.converts_half(cpu_target.target_context)), "code": code}))
+"""
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """The machine code for each layout."""
+    lines = [" ".join(key) for key in LAYOUTS]
+    return process(tmp_path_factory.mktemp("cache"), HALVES, json.dumps(lines))
+
+
+@X86
+@pytest.mark.parametrize("key", LAYOUTS, ids=" ".join)
+def test_conversions_are_vectorised(key, layouts):
+    if not layouts["f16c"]:
+        pytest.skip("a processor without F16C, and likely without AVX2")
+    asm = layouts["code"][" ".join(key)]
+    assert_vectorised(asm, "")
+    for name in LAYOUTS[key].split():
+        assert re.findall(rf"\t{name}\t.*[yz]mm", asm), f"no packed {name}"
+    assert not re.findall(r"\tcall\w*\t.*(?:half|bfloat|__gnu|__extend|__trunc)", asm)
+    # hashes and conversions stay in 32 bits
+    assert not re.findall(r"\tv?(?:pmuludq|pmullq)\t.*[yz]mm", asm)
+
+
+@X86
+def test_addresses_are_not_compared_before_each_block(layouts):
+    """A tensor's arrays share no memory, and the compiler knows."""
+    asm = layouts["code"]["ftml f4 f4 f4 f4 f4"]
+    blocks = re.split(r"\n(?=\.LBB\w+:)", asm)
+    (loop,) = [k for k, block in enumerate(blocks) if re.search(r"\tvsqrtps\t.*[yz]mm", block)][:1]
+    before = "".join(blocks[:loop])
+    last = before[before.rindex("prefetcht0") :]
+    assert len(re.findall(r"\tset(?:b|a|ae|be)\t", last)) == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, register_model
 
 from . import half, rounding
 from .scalar import clip
@@ -27,6 +27,40 @@ STORAGE = {
 }
 
 
+class Column(types.CPointer):
+    """A pointer to the elements of one of a tensor's arrays, which share no memory with those of the others.
+
+    The compiler is told so: it would otherwise compare the addresses of all of them before each block.
+    """
+
+    def __init__(self, dtype, number):
+        super().__init__(dtype)
+        self.name = f"{dtype}* of column {number}"
+        self.number = number
+
+    @property
+    def key(self):
+        return self.name
+
+
+register_model(Column)(models.PointerModel)
+
+COLUMNS = 16  # more of them are possible, and compared
+
+
+def apart(builder, access, column):
+    """Say of a load or store that it is of that column and of no other."""
+    module = builder.module
+    domain = module.add_metadata([ir.MetaDataString(module, "a tensor's arrays")])
+    scopes = [
+        module.add_metadata([ir.MetaDataString(module, f"column {k}"), domain])
+        for k in range(max(COLUMNS, column.number + 1))
+    ]
+    access.set_metadata("alias.scope", module.add_metadata([scopes.pop(column.number)]))
+    access.set_metadata("noalias", module.add_metadata(scopes))
+    return access
+
+
 def prepare(grad, weight, rescale, bound, wd):
     """The gradient that a rule sees: ``clip(rescale * grad, bound) + wd * weight``."""
     return clip(rescale * grad, bound) + wd * weight
@@ -36,7 +70,8 @@ def prepare(grad, weight, rescale, bound, wd):
 def pointers(typingctx, addresses, layout):
     """A tuple of addresses as a tuple of pointers to what a layout such as ``"f2 f4 f4"`` says."""
     codes = layout.literal_value.split()
-    sig = types.Tuple([types.CPointer(STORAGE[code]) for code in codes])(addresses, layout)
+    columns = [Column(STORAGE[code], number) for number, code in enumerate(codes)]
+    sig = types.Tuple(columns)(addresses, layout)
 
     def codegen(context, builder, sig, args):
         found = cgutils.unpack_tuple(builder, args[0], addresses.count)
@@ -59,10 +94,11 @@ def load(typingctx, pointers, i, real=None):
 
     def codegen(context, builder, sig, args):
         found = cgutils.unpack_tuple(builder, args[0], len(kinds))
-        values = [
-            half.decode(context, builder, builder.load(builder.gep(pointer, [args[1]])), kind)
-            for pointer, kind in zip(found, kinds, strict=True)
+        stored = [
+            apart(builder, builder.load(builder.gep(pointer, [args[1]])), column)
+            for pointer, column in zip(found, pointers, strict=True)
         ]
+        values = [half.decode(context, builder, *each) for each in zip(stored, kinds, strict=True)]
         cast = [context.cast(builder, *each) for each in zip(values, plain, numbers, strict=True)]
         return context.make_tuple(builder, sig.return_type, cast)
 
@@ -80,7 +116,8 @@ def store(typingctx, pointers, i, values):
         for k, (target, kind) in enumerate(zip(targets, kinds, strict=True)):
             number = types.float32 if kind in (half.HALF, half.BFLOAT) else kind
             value = context.cast(builder, builder.extract_value(args[2], k), values.types[k], number)
-            builder.store(half.encode(context, builder, value, kind), builder.gep(target, [args[1]]))
+            bits = half.encode(context, builder, value, kind)
+            apart(builder, builder.store(bits, builder.gep(target, [args[1]])), pointers[k])
         return context.get_dummy_value()
 
     return sig, codegen
@@ -102,7 +139,8 @@ def store_by_chance(typingctx, pointers, i, values, key):
             chance = context.compile_internal(builder, rounding.noise, hashed, [args[1], own])
             converted = types.uint32(types.float32, types.uint32)
             bits = context.compile_internal(builder, converters[kind], converted, [value, chance])
-            builder.store(builder.trunc(bits, ir.IntType(16)), builder.gep(target, [args[1]]))
+            bits = builder.trunc(bits, ir.IntType(16))
+            apart(builder, builder.store(bits, builder.gep(target, [args[1]])), pointers[k])
         return context.get_dummy_value()
 
     return sig, codegen
