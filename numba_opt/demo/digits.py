@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -78,12 +78,12 @@ def load() -> tuple[Data, Data]:
 
 
 def train(
-    optimizer: str, rate: float, training: Data, test: Data, epochs: int, quiet: bool = False
+    optimizer: str, rate: float, training: Data, test: Data, epochs: int, quiet: bool = False, **options: Any
 ) -> Result:
-    """Train a network from the same beginning, whatever the optimizer."""
+    """Train a network from the same beginning, whatever the optimizer; `options` are its constructor's."""
     rng = np.random.default_rng(1)
     weights = network()
-    trainer = numba_opt.Trainer(weights, optimizer, learning_rate=rate)
+    trainer = numba_opt.Trainer(weights, optimizer, learning_rate=rate, **options)
     losses, seconds = [loss(weights, training)], []
     for _ in tqdm(range(epochs), optimizer, leave=False, disable=quiet or None):
         order = rng.permutation(len(training.images))
