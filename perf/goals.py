@@ -134,7 +134,14 @@ CLIPPING = "Bytes: the gradients are read twice, once for their norm; no cache h
 HALVES = (
     "Instructions: half as many bytes for each element, and the same arithmetic, with conversions on top. "
     "(With float32 masters, where each element moves more, the same conversions keep up with memory.) "
-    "float16 uses F16C; bfloat16 is shifted, and rounded in integers."
+    "float16 uses F16C; bfloat16 is shifted, and rounded in integers. All of it is vectorised: for 16 "
+    "elements of NAG's loop 19 instructions in float16 and 36 in bfloat16, which takes 9 to round and "
+    "pack each number that is stored. With its data in a cache, FTML takes as long for 10 million "
+    "elements in bfloat16 as memory does to move them; GroupAdaGrad divides every element and reads each "
+    "row twice. Tried: no comparing of addresses before each block (NAG in float16 from 0.84 to 0.88, "
+    "FTML in bfloat16 from 0.51 to 0.59; kept), longer and shorter blocks, fetching further ahead (level "
+    "or slower). Not tried: pairs of bfloat16 in one word, which would save a quarter of NAG's "
+    "instructions."
 )
 RANDOM_ACCESS = (
     "Bytes, in cache lines: touched rows lie anywhere in the table. Tried: fetching rows eight ahead by hand "
