@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import arguments, device, execution, sparse
+from . import arguments, cuda, device, execution, sparse
 from .kernels import ndarray, threads
 from .lr_scheduler import LRScheduler
 
@@ -304,32 +304,48 @@ class Optimizer:
         weight : array
             The parameter. States have its shape and dtype; where `per_row` is set, shape ``(rows, 1)``.
         """
-        weight = device.as_array(weight, f"weight of {self._label(index)}")
-        shape = weight.shape
+        what = f"weight of {self._label(index)}"
+        if device.on_cuda(weight):
+            array, zeros_like = cuda.look(weight, what).shadow, cuda.zeros_like
+        else:
+            array = weight = device.as_array(weight, what)
+            zeros_like = device.zeros_like
+        shape = array.shape
         if self.per_row:
             if len(shape) != 2:
-                raise ValueError(f"weight of {self._label(index)} has shape {shape}; expected 2 dimensions")
+                raise ValueError(f"{what} has shape {shape}; expected 2 dimensions")
             shape = (shape[0], 1)
-        zeros = tuple(np.zeros(shape, weight.dtype) for _ in self.state_names)
+        zeros = tuple(zeros_like(weight, shape) for _ in self.state_names)
         state = zeros if len(zeros) > 1 else zeros[0] if zeros else None
         if self.sparse_update == "exact":
             self._history.pop(index, None)  # a new state owes no steps
+            if device.on_cuda(weight):
+                raise ValueError(f"{what} is on a GPU, where sparse_update must be 'lazy'; got 'exact'")
             return state, np.zeros(weight.shape[:1] or (1,), np.int64)
         return state
 
     def create_state_multi_precision(self, index: Index, weight: Any) -> Any:
         """`create_state`, or ``(float32 weight, its states)`` for half precision with `multi_precision`."""
-        array = device.as_array(weight, f"weight of {self._label(index)}")
-        if device.is_half(array.dtype):
+        what = f"weight of {self._label(index)}"
+        dtype = self._dtype_of(weight, what)
+        if device.is_half(dtype):
             if self.multi_precision:
-                master = array.astype(np.float32)
+                on_cuda = device.on_cuda(weight)
+                master = cuda.as_single(weight, what) if on_cuda else device.as_single(weight, what)
                 return master, self.create_state(index, master)
             warnings.warn(
-                f"states in {array.dtype} can make training inaccurate or slow to converge; "
+                f"states in {dtype} can make training inaccurate or slow to converge; "
                 "multi_precision=True keeps float32 copies",
                 stacklevel=2,
             )
         return self.create_state(index, weight)
+
+    @staticmethod
+    def _dtype_of(weight: Any, what: str) -> np.dtype:
+        """The dtype of a weight, wherever it is."""
+        if device.on_cuda(weight):
+            return cuda.look(weight, what).shadow.dtype
+        return device.as_array(weight, what).dtype
 
     # ---------------------------------------------------------------- steps
 
@@ -410,6 +426,9 @@ class Optimizer:
         """Check everything, work out the numbers, make the step and count it."""
         self._check_lengths(indices, weights, grads, states)
         request, stamps = self._request(indices, weights, grads, states, masters)
+        if any(map(device.on_cuda, weights)):
+            self._step_on_cuda(request, indices, fused)
+            return
         if fused and not stamps and self._quick_step(request, indices):
             return
         work = self._assemble(*self._take_sparse(request), stamps, indices)
@@ -435,6 +454,20 @@ class Optimizer:
             return True
         finally:
             self._prepared.append(((rule, size), prepared))
+
+    def _step_on_cuda(self, request: device.Request, indices: Sequence[Index], fused: bool) -> None:
+        """The step of weights that are on GPUs."""
+        if not fused:
+            raise TypeError("weights on a GPU need fused_step; step is for arrays on the CPU")
+        key = ("cuda", tuple(indices), self._rule())
+        kept = next((pair for pair in self._prepared if pair[0] == key), (key, cuda.Prepared(self._rule())))
+        kept[1].take(request)
+        plan = self._plan(indices)
+        kept[1].run(plan.hyper, plan.which)
+        for count in self._counting(plan):
+            count()
+        if kept not in self._prepared:
+            self._prepared.append(kept)
 
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """What `update_multi_precision` would refuse, refused; nothing is changed."""
@@ -532,7 +565,7 @@ class Optimizer:
         for index, weight, state in zip(indices, weights, states, strict=True):
             label = self._label(index)
             copy = None
-            if device.is_half(device.as_array(weight, f"weight of {label}").dtype):
+            if device.is_half(self._dtype_of(weight, f"weight of {label}")):
                 if not (isinstance(state, (tuple, list)) and len(state) == 2):
                     raise TypeError(
                         f"state of {label} is {type(state).__name__}; expected (float32 weight, state)"
