@@ -45,10 +45,41 @@ def _encode(context, builder, number, code):
     return half.encode(context, builder, number, STORAGE[code])
 
 
+def _vector(code, count):
+    """What an access moves. LLVM would move 16-bit integers in halves, so they come in pairs."""
+    return ir.VectorType(I32, count // 2) if code == "b2" else ir.VectorType(STORED[code], count)
+
+
+def _taken(builder, value, code, count):
+    """The elements that an access has moved."""
+    if count == 1:
+        return [value]
+    if code != "b2":
+        return [builder.extract_element(value, I32(k)) for k in range(count)]
+    pairs = [builder.extract_element(value, I32(k)) for k in range(count // 2)]
+    return [builder.trunc(builder.lshr(pair, I32(at)), STORED[code]) for pair in pairs for at in (0, 16)]
+
+
+def _joined(builder, values, code):
+    """Elements as what an access moves."""
+    if len(values) == 1:
+        return values[0]
+    if code == "b2":
+        words = [builder.zext(value, I32) for value in values]
+        values = [
+            builder.or_(low, builder.shl(high, I32(16)))
+            for low, high in zip(words[::2], words[1::2], strict=True)
+        ]
+    result = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+    for k, value in enumerate(values):
+        result = builder.insert_element(result, value, I32(k))
+    return result
+
+
 def _accesses(builder, address, i, code, count):
     """Pointers to group number `i` of `count` elements, one for each access, and how many each one holds."""
     step = min(count, max(1, ACCESS // SIZES[code]))
-    kind = STORED[code] if step == 1 else ir.VectorType(STORED[code], step)
+    kind = STORED[code] if step == 1 else _vector(code, step)
     first = builder.add(address, builder.mul(builder.zext(i, I64), I64(count * SIZES[code])))
     for k in range(0, count, step):
         place = builder.add(first, I64(k * SIZES[code]))
@@ -71,8 +102,7 @@ def load(typingctx, addresses, layout, i, count):
             for pointer, held in _accesses(builder, address, args[2], code, lanes):
                 value = builder.load(pointer)
                 value.align = held * SIZES[code]
-                bits = [builder.extract_element(value, I32(k)) for k in range(held)] if held > 1 else [value]
-                column += [_decode(context, builder, b, code) for b in bits]
+                column += [_decode(context, builder, b, code) for b in _taken(builder, value, code, held)]
             columns.append(column)
         rows = [context.make_tuple(builder, row, list(lane)) for lane in zip(*columns, strict=True)]
         return context.make_tuple(builder, sig.return_type, rows)
@@ -102,11 +132,7 @@ def store(typingctx, addresses, layout, i, rows):
             ]
             address, at = builder.extract_value(args[0], c), 0
             for pointer, held in _accesses(builder, address, args[2], code, lanes):
-                value = values[at]
-                if held > 1:
-                    value = ir.Constant(pointer.type.pointee, ir.Undefined)
-                    for k in range(held):
-                        value = builder.insert_element(value, values[at + k], I32(k))
+                value = _joined(builder, values[at : at + held], code)
                 builder.store(value, pointer).align = held * SIZES[code]
                 at += held
         return context.get_dummy_value()
