@@ -32,6 +32,8 @@ __all__ = ["CudaUnavailableError", "on"]
 
 _stream: ContextVar[int | None] = ContextVar("stream", default=None)
 
+SKIP, NORM, SKIPPED, STRAY = range(4)  # what `Prepared.told` gives, as the kernels' module has it
+
 RING = 3  # copies of a table that may be on their way at once
 
 TORCH_DTYPES = {
@@ -222,6 +224,11 @@ def _shadow(
     return array
 
 
+def look_at(value: Any, what: str) -> np.ndarray:
+    """A NumPy array with a CUDA array's shape and dtype; what it holds must not be looked at."""
+    return look(value, what).shadow
+
+
 def zeros_like(weight: Any, shape: tuple[int, ...]) -> Any:
     """Zeros of a weight's dtype, of its library, and on its device."""
     view = look(weight, "weight")
@@ -254,8 +261,26 @@ def to_host(array: Any, what: str) -> np.ndarray:
     return np.frombuffer(bytearray(content), shadow.dtype).reshape(shadow.shape)
 
 
+def writable(array: Any, what: str) -> Any:
+    """Something that takes ``[...] = array`` for a CUDA array, and has its shape and dtype."""
+    return Writable(look(array, what))
+
+
+class Writable:
+    """A CUDA array to which content of the host's memory can be assigned."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self.shape, self.dtype = view.shadow.shape, view.shadow.dtype
+
+    def __setitem__(self, everything: Any, content: np.ndarray) -> None:
+        shadow = self._view.shadow
+        content = np.ascontiguousarray(content, shadow.dtype)
+        kernels().driver.device(self._view.device).assign(_place(shadow), content)
+
+
 def _place(shadow: np.ndarray) -> int:
-    return int(shadow.__array_interface__["data"][0]) if shadow.dtype.kind != "V" else shadow.ctypes.data
+    return int(shadow.ctypes.data)
 
 
 # ---------------------------------------------------------------- what steps are prepared from
@@ -314,6 +339,10 @@ class Hyper:
             self._written = np.zeros(0)
             arguments = (self.address, self.room, 0), [0.0] * loops.ROOM
             self._launch = self._launch_of(self._gpu, loops.set_hyper(), 1, 1, *arguments)
+
+    def holds(self, rows: int) -> bool:
+        """Whether there is room for so many rows."""
+        return rows <= self._rows
 
     def write(self, rows: np.ndarray, rescale: float, norm: Norm | None, stream: int) -> None:
         """Have rows written when the stream gets there, if they are not there already."""
@@ -458,6 +487,11 @@ class Part:
             for placed in self.placed:
                 placed.launch(stream)
 
+    @property
+    def norm_memory(self) -> Any:
+        """What the norm's launches have the addresses of."""
+        return self._partial
+
     def _norm_launches(self) -> list[Any]:
         """What sums the squares of all gradients, and what settles what follows from that."""
         loops, launch_of = kernels().loops, kernels().driver.Launch
@@ -490,30 +524,19 @@ class Prepared:
         self.parts: list[Part] = []
         self._known_parts: dict[int, Part] = {}
         self._seen: list[tuple[Callable[[], Any], int]] = []
+        self._captured: list[tuple[Hyper, int, Part]] = []
+        self._captured_which: list[int] = []
+        self._kept: list[Any] = []  # what graphs have the addresses of
 
     def take(self, request: device.Request) -> None:
-        """Be ready for the arrays of a request; nothing is launched.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `numba_opt.device.bind`; or an array is on the host, or on another device than its weight.
-        """
+        """Be ready for the arrays of a request; nothing is launched. Errors as in `bind`."""
         columns = request.columns
         if self._knows(columns):
             return
         self._seen = []
-        views = _views(request)
-        where = [view.device for view in views[1] if view is not None]
-        parts = []
-        for number in sorted(set(where)):
-            members = [t for t, place in enumerate(where) if place == number]
-            own = [[column[t] for t in members] for column in views]
-            bound = device.bind(_shadows(request, own, members))
-            made_on = {view.stream for column in own for view in column if view and view.stream}
-            parts.append((number, members, bound, made_on))
+        found = bind(request)
         self.parts = []
-        for number, members, bound, made_on in parts:
+        for number, members, bound, made_on in found:
             part = self._known_parts.get(number)
             if part is None or part.members != members:
                 gpu = kernels().driver.device(number)
@@ -542,17 +565,8 @@ class Prepared:
         except (TypeError, AttributeError):  # no telling whether an object is still the same
             self._seen = []
 
-    def run(self, hyper: Any, which: Sequence[int], norm: Norm | None = None) -> None:
-        """Launch a step. While a graph is captured, only what has to be in the graph."""
-        self.write(hyper, which, norm, capture=True)
-        for part in self.parts:
-            part.launch(norm)
-
-    def write(self, hyper: Any, which: Sequence[int], norm: Norm | None, capture: bool = False) -> None:
-        """Have hyper-parameters and tables in place when the streams get there.
-
-        Nothing of that may become part of a graph: with `capture`, it must be there if one is captured.
-        """
+    def run(self, hyper: Any, which: Sequence[int], norm: Norm | None = None, graphs: bool = True) -> bool:
+        """Launch a step. False if it went into a graph: then nothing else did, and nothing else happened."""
         if norm is not None and len(self.parts) > 1:
             numbers = ", ".join(str(part.gpu.number) for part in self.parts)
             raise ValueError(
@@ -560,15 +574,37 @@ class Prepared:
                 f"but they are on CUDA devices {numbers}"
             )
         captured = [part.gpu.capturing(part.stream()) for part in self.parts]
-        if capture and any(captured):
+        if any(captured):
+            if not graphs:
+                raise RuntimeError("only a step of a Trainer can be captured in a CUDA graph")
             if not all(captured) or not all(part.ready(which, norm) for part in self.parts):
                 raise RuntimeError(
                     "a step can be captured after one with the same arrays; make one before the capture"
                 )
-            return
-        rows = np.asarray(hyper, np.float64)
+            self._captured = [(part.hyper, part.hyper.address, part) for part in self.parts]
+            self._kept.append([(list(part.placed), part.norm_memory) for part in self.parts])
+            self._captured_which = list(which)
+        else:
+            rows = np.asarray(hyper, np.float64)
+            for part in self.parts:
+                part.write(rows, which, norm)
         for part in self.parts:
-            part.write(rows, which, norm)
+            part.launch(norm)
+        return not any(captured)
+
+    def refresh(self, hyper: Any, which: Sequence[int], norm: Norm | None) -> None:
+        """Have hyper-parameters in place for the step that was captured last."""
+        rows = np.asarray(hyper, np.float64)
+        same = all(buffer.address == at and buffer.holds(len(rows)) for buffer, at, _ in self._captured)
+        if not same or list(which) != self._captured_which:
+            raise ValueError("other groups of hyper-parameters are in use since the step was captured")
+        for buffer, _, part in self._captured:
+            with part.gpu.current():
+                buffer.write(rows, float(rows[0, 0]), norm, part.stream())
+
+    def norm(self) -> float:
+        """The norm of the last step's gradients; waits for the device."""
+        return float(self.parts[0].hyper.told()[NORM])
 
     def told(self) -> np.ndarray:
         """What the kernels of all devices have said, added up; waits for the devices."""
@@ -577,6 +613,31 @@ class Prepared:
 
 def _nothing() -> None:
     return None
+
+
+def bind(request: device.Request) -> list[tuple[int, list[int], device.Bound, set[int]]]:
+    """The arrays of a call, all of it checked, for each device: its number, the positions of what is there,
+    the tables, and the streams on which arrays are said to be in the making.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `numba_opt.device.bind`; or an array is on the host, or on another device than its weight.
+    """
+    views = _views(request)
+    where = [view.device for view in views[1] if view is not None]
+    found = []
+    for number in sorted(set(where)):
+        members = [t for t, place in enumerate(where) if place == number]
+        own = [[column[t] for t in members] for column in views]
+        made_on = {view.stream for column in own for view in column if view and view.stream}
+        found.append((number, members, device.bind(_shadows(request, own, members)), made_on))
+    return found
+
+
+def check(request: device.Request) -> None:
+    """What `bind` would refuse, but for gradients, refused."""
+    bind(request._replace(apart=dict.fromkeys(range(len(request.columns[1])), ())))
 
 
 def _views(request: device.Request) -> list[list[View | None]]:

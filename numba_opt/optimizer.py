@@ -306,7 +306,7 @@ class Optimizer:
         """
         what = f"weight of {self._label(index)}"
         if device.on_cuda(weight):
-            array, zeros_like = cuda.look(weight, what).shadow, cuda.zeros_like
+            array, zeros_like = cuda.look_at(weight, what), cuda.zeros_like
         else:
             array = weight = device.as_array(weight, what)
             zeros_like = device.zeros_like
@@ -344,7 +344,7 @@ class Optimizer:
     def _dtype_of(weight: Any, what: str) -> np.dtype:
         """The dtype of a weight, wherever it is."""
         if device.on_cuda(weight):
-            return cuda.look(weight, what).shadow.dtype
+            return cuda.look_at(weight, what).dtype
         return device.as_array(weight, what).dtype
 
     # ---------------------------------------------------------------- steps
@@ -463,7 +463,7 @@ class Optimizer:
         kept = next((pair for pair in self._prepared if pair[0] == key), (key, cuda.Prepared(self._rule())))
         kept[1].take(request)
         plan = self._plan(indices)
-        kept[1].run(plan.hyper, plan.which)
+        kept[1].run(plan.hyper, plan.which, graphs=False)
         for count in self._counting(plan):
             count()
         if kept not in self._prepared:

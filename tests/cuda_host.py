@@ -180,6 +180,10 @@ class Device:
         check(address, size)
         return ctypes.string_at(address, size)
 
+    def assign(self, address, content):
+        check(address, content.nbytes)
+        ctypes.memmove(address, content.ctypes.data, content.nbytes)
+
     def current(self):
         return contextlib.nullcontext()
 
@@ -237,9 +241,11 @@ class Launch:
     def __init__(self, device, kernel, blocks, threads, integers, reals=()):
         from numba import cuda
 
+        from numba_opt.kernels import cuda as loops
+
+        loops.WARP = 4  # a simulated thread is one of the operating system's
         self.kernel, self.jitted = kernel, cuda.jit(kernel.function)
-        # Fewer threads than on a GPU, where each one is not an operating system's thread.
-        self.grid = min(max(blocks, 1), 3), min(threads, 32 if THREADS is None else THREADS)
+        self.grid = min(max(blocks, 1), 3), min(threads, 8)
         self.set(integers, reals)
 
     def set(self, integers, reals):
@@ -250,9 +256,6 @@ class Launch:
     def __call__(self, stream):
         launches.append(self.kernel.key[0])
         self.jitted[self.grid](*self.arguments)
-
-
-THREADS = None
 
 
 # ---------------------------------------------------------------- for tests

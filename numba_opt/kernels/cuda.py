@@ -91,11 +91,11 @@ def tensor_at(starts, tensors, unit):
 @register_jitable
 def over_warp(number):
     """The sum of the numbers that a warp's threads have, always in the same order; all of them get it."""
-    number = number + from_other(number, np.int32(1))
-    number = number + from_other(number, np.int32(2))
-    number = number + from_other(number, np.int32(4))
-    number = number + from_other(number, np.int32(8))
-    return number + from_other(number, np.int32(16))
+    mask = 1
+    while mask < WARP:
+        number = number + from_other(number, np.int32(mask))
+        mask = mask << 1
+    return number
 
 
 @register_jitable

@@ -102,6 +102,13 @@ class Device:
                 call(driver.cuMemcpyDtoH, ctypes.addressof(found), address, size)
         return found.raw
 
+    def assign(self, address: int, content: np.ndarray) -> None:
+        """Write the content of a contiguous array to the device's memory, once everything there is done."""
+        with self.current():
+            call(driver.cuCtxSynchronize)
+            if content.nbytes:
+                call(driver.cuMemcpyHtoD, address, content.ctypes.data, content.nbytes)
+
     def memory(self, size: int) -> Memory:
         """Some of the device's memory, all zero."""
         return Memory(self, size)
