@@ -133,8 +133,6 @@ class CudaBinding(Binding):
         return cuda.Prepared(optimizer._rule())
 
     def bind(self, optimizer: Optimizer) -> None:
-        if not optimizer.use_fused_step:
-            raise TypeError("parameters on a GPU need use_fused_step=True")
         self.prepared.take(self.request._replace(columns=[self.grads, *self.request.columns[1:]]))
 
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float:
@@ -166,6 +164,10 @@ class CudaBinding(Binding):
     def skipped(self) -> int:
         """How many steps the device has left out; waits for it."""
         return int(self.prepared.told()[cuda.SKIPPED])
+
+    def strayed(self) -> bool:
+        """Whether rows led outside; waits for the device."""
+        return bool(self.prepared.told()[cuda.STRAY])
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import arguments, cuda
+from . import arguments, cuda_arrays
 from .device import as_array, on_cuda
 from .errors import CheckpointError
 from .mxnet_states import load_mxnet_optimizer, load_mxnet_states
@@ -198,7 +198,7 @@ def pairs(mine: Any, theirs: Any, what: str) -> list[tuple[np.ndarray, np.ndarra
         raise CheckpointError(f"{what} has {len(there)} arrays in the checkpoint; expected {len(here)}")
     pairs = []
     for a, b in zip(here, there, strict=True):
-        target = cuda.writable(a, what) if on_cuda(a) else as_array(a, what)
+        target = cuda_arrays.writable(a, what) if on_cuda(a) else as_array(a, what)
         source = _content(b, what)
         if (target.shape, target.dtype) != (source.shape, source.dtype):
             raise CheckpointError(
@@ -217,12 +217,12 @@ def copied(value: Any) -> Any:
         return type(value)(map(copied, value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return cuda.to_host(value, "array") if on_cuda(value) else as_array(value, "array").copy()
+    return cuda_arrays.to_host(value, "array") if on_cuda(value) else as_array(value, "array").copy()
 
 
 def _content(value: Any, what: str) -> np.ndarray:
     """An array that can be read here."""
-    return cuda.to_host(value, what) if on_cuda(value) else as_array(value, what)
+    return cuda_arrays.to_host(value, what) if on_cuda(value) else as_array(value, what)
 
 
 def describe(optimizer: Optimizer) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import arguments, cuda, device, execution, sparse
+from . import arguments, cuda, cuda_arrays, device, execution, sparse
 from .kernels import ndarray, threads
 from .lr_scheduler import LRScheduler
 
@@ -167,6 +167,7 @@ class Optimizer:
         self.wd_mult: dict[Index, float] = {}
         self._history: dict[Index, execution.History] = {}
         self._prepared: list[Any] = []
+        self._prepared_on_cuda: dict[Any, cuda.Prepared] = {}
 
     def _join(self, scheduler: Any) -> None:
         """Let the learning rate and a scheduler agree about the base."""
@@ -306,7 +307,9 @@ class Optimizer:
         """
         what = f"weight of {self._label(index)}"
         if device.on_cuda(weight):
-            array, zeros_like = cuda.look_at(weight, what), cuda.zeros_like
+            if self.sparse_update != "lazy":
+                self._refuse_on_cuda(what)
+            array, zeros_like = cuda_arrays.look_at(weight, what), cuda_arrays.zeros_like
         else:
             array = weight = device.as_array(weight, what)
             zeros_like = device.zeros_like
@@ -319,8 +322,6 @@ class Optimizer:
         state = zeros if len(zeros) > 1 else zeros[0] if zeros else None
         if self.sparse_update == "exact":
             self._history.pop(index, None)  # a new state owes no steps
-            if device.on_cuda(weight):
-                raise ValueError(f"{what} is on a GPU, where sparse_update must be 'lazy'; got 'exact'")
             return state, np.zeros(weight.shape[:1] or (1,), np.int64)
         return state
 
@@ -331,7 +332,7 @@ class Optimizer:
         if device.is_half(dtype):
             if self.multi_precision:
                 on_cuda = device.on_cuda(weight)
-                master = cuda.as_single(weight, what) if on_cuda else device.as_single(weight, what)
+                master = cuda_arrays.as_single(weight, what) if on_cuda else device.as_single(weight, what)
                 return master, self.create_state(index, master)
             warnings.warn(
                 f"states in {dtype} can make training inaccurate or slow to converge; "
@@ -344,7 +345,7 @@ class Optimizer:
     def _dtype_of(weight: Any, what: str) -> np.dtype:
         """The dtype of a weight, wherever it is."""
         if device.on_cuda(weight):
-            return cuda.look_at(weight, what).dtype
+            return cuda_arrays.look_at(weight, what).dtype
         return device.as_array(weight, what).dtype
 
     # ---------------------------------------------------------------- steps
@@ -361,6 +362,8 @@ class Optimizer:
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
     ) -> None:
         """Update the weights by the rule applied to whole arrays: readable, not fast.
+
+        On a GPU there are no arrays that NumPy could work on, and this is `fused_step`.
 
         Parameters
         ----------
@@ -427,7 +430,7 @@ class Optimizer:
         self._check_lengths(indices, weights, grads, states)
         request, stamps = self._request(indices, weights, grads, states, masters)
         if any(map(device.on_cuda, weights)):
-            self._step_on_cuda(request, indices, fused)
+            self._step_on_cuda(request, indices)
             return
         if fused and not stamps and self._quick_step(request, indices):
             return
@@ -455,25 +458,31 @@ class Optimizer:
         finally:
             self._prepared.append(((rule, size), prepared))
 
-    def _step_on_cuda(self, request: device.Request, indices: Sequence[Index], fused: bool) -> None:
+    def _step_on_cuda(self, request: device.Request, indices: Sequence[Index]) -> None:
         """The step of weights that are on GPUs."""
-        if not fused:
-            raise TypeError("weights on a GPU need fused_step; step is for arrays on the CPU")
-        key = ("cuda", tuple(indices), self._rule())
-        kept = next((pair for pair in self._prepared if pair[0] == key), (key, cuda.Prepared(self._rule())))
-        kept[1].take(request)
+        if self.sparse_update != "lazy":
+            self._refuse_on_cuda(request.label(0))
+        key = (tuple(indices), self._rule())
+        prepared = self._prepared_on_cuda.setdefault(key, cuda.Prepared(self._rule()))
+        prepared.take(request)
         plan = self._plan(indices)
-        kept[1].run(plan.hyper, plan.which, graphs=False)
+        prepared.run(plan.hyper, plan.which, graphs=False)
         for count in self._counting(plan):
             count()
-        if kept not in self._prepared:
-            self._prepared.append(kept)
+
+    def _refuse_on_cuda(self, what: str) -> None:
+        raise ValueError(
+            f"{what} is on a GPU, where sparse_update must be 'lazy'; got {self.sparse_update!r}"
+        )
 
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """What `update_multi_precision` would refuse, refused; nothing is changed."""
         self._check_lengths(indices, weights, grads, states)
         request, stamps = self._request(indices, weights, grads, states, self.multi_precision)
-        self._assemble(*self._take_sparse(request), stamps, indices)
+        if any(map(device.on_cuda, weights)):
+            cuda.bind(request)
+        else:
+            self._assemble(*self._take_sparse(request), stamps, indices)
         self._plan(indices)
 
     def _counting(self, plan: Plan) -> list[partial[Any]]:
@@ -664,11 +673,12 @@ class Optimizer:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("param_dict", "_prepared")  # objects of the program, and addresses of this process
+        # objects of the program, and addresses of this process
+        gone = ("param_dict", "_prepared", "_prepared_on_cuda")
         return {k: v for k, v in vars(self).items() if k not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, param_dict={}, _prepared=[])
+        vars(self).update(state, param_dict={}, _prepared=[], _prepared_on_cuda={})
 
 
 def _multipliers(name: str, given: Mapping[Any, float]) -> dict[Index, float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arguments, checkpoint, cuda, device, interrupts, sparse
+from . import arguments, checkpoint, cuda, cuda_arrays, device, interrupts, sparse
 from .binding import Binding, CudaBinding
 from .kernels import ndarray
 from .optimizer import Optimizer, create
@@ -94,8 +94,9 @@ class Trainer:
     ) -> None:
         self.params = _named(params)
         self._names = list(self.params)
-        self._on_cuda = all(map(device.on_cuda, self.params.values()))
-        if not self._on_cuda and any(map(device.on_cuda, self.params.values())):
+        on_cuda = set(map(device.on_cuda, self.params.values()))
+        self._on_cuda = True in on_cuda
+        if len(on_cuda) > 1:
             raise ValueError("params are on the CPU and on GPUs; expected all of them on either")
         self._by_name = isinstance(params, Mapping)
         if isinstance(optimizer, str):
@@ -206,12 +207,22 @@ class Trainer:
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out. On a GPU, asking waits for the last one."""
-        bindings = [b for b in self._bindings.values() if isinstance(b, CudaBinding)]
-        return self._skipped_steps + sum(binding.skipped() for binding in bindings)
+        return self._skipped_steps + sum(binding.skipped() for binding in self._cuda_bindings())
 
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
         self._skipped_steps += value - self.skipped_steps
+
+    @property
+    def stray_rows(self) -> bool:
+        """Whether a sparse gradient on a GPU had rows that its parameter has not, which were left out.
+
+        Asking waits for the last step. On the CPU such a gradient is an error.
+        """
+        return any(binding.strayed() for binding in self._cuda_bindings())
+
+    def _cuda_bindings(self) -> list[CudaBinding]:
+        return [b for b in self._bindings.values() if isinstance(b, CudaBinding)]
 
     @staticmethod
     def _batch(batch_size: float) -> float:
@@ -476,7 +487,7 @@ class Trainer:
     # ---------------------------------------------------------------- for people
 
     def __repr__(self) -> str:
-        look = cuda.look_at if self._on_cuda else device.as_array
+        look = cuda_arrays.look_at if self._on_cuda else device.as_array
         elements = sum(look(w, "weight").size for w in self.params.values())
         states = [array for state in self.states.values() for array in checkpoint.leaves(state)]
         held = sum(look(array, "state").nbytes for array in states)

@@ -146,7 +146,9 @@ _made = {}
 
 
 def start():
-    pass
+    from numba_opt.kernels import cuda as loops
+
+    loops.WARP = 4  # a simulated thread is one of the operating system's
 
 
 def device(number):
@@ -241,9 +243,6 @@ class Launch:
     def __init__(self, device, kernel, blocks, threads, integers, reals=()):
         from numba import cuda
 
-        from numba_opt.kernels import cuda as loops
-
-        loops.WARP = 4  # a simulated thread is one of the operating system's
         self.kernel, self.jitted = kernel, cuda.jit(kernel.function)
         self.grid = min(max(blocks, 1), 3), min(threads, 8)
         self.set(integers, reals)

@@ -103,6 +103,13 @@ def test_rows(made, name, form):
     assert found.registers <= 80
 
 
+@pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4"])
+def test_squares_of_rows(made, form):
+    found = made("row_squares", "f4", form)
+    check(found)
+    assert found.registers <= 64
+
+
 @pytest.mark.parametrize("code", ["f4", "f8", "f2", "b2"])
 def test_squares(made, code):
     found = made("squares", code)

@@ -35,7 +35,9 @@ SUMS = THREADS // WARP  # of warps, that a block adds
 # A buffer of hyper-parameters begins with what kernels say, in OUT words. Then come three parts of the same
 # length: float64 as given, float64 as used, float32 as used. Each one has HEAD numbers and the rows.
 OUT, HEAD = 4, 4
-SKIP, NORM, SKIPPED, STRAY = range(4)  # float64: whether to change nothing; the norm; two counts
+SKIP, NORM, SKIPPED, STRAY = range(
+    4
+)  # float64: whether to change nothing; the norm; how many steps were skipped; whether a row led outside
 LIMIT, RESCALE, GUARD = range(3)  # of the norm; what gradients are multiplied by; whether to skip non-finite
 ROOM = 16  # numbers that one launch of `set_hyper` writes
 
@@ -247,6 +249,16 @@ def squaring(weight: str) -> Callable[[int], Any]:
     return visit
 
 
+def squaring_alone(lanes: int) -> Any:
+    """What a walk does to sum the squares of gradients as they come, in double precision."""
+
+    def square(grad, value, x):
+        return np.float64(grad[0]) * np.float64(grad[0])
+
+    each, total = for_each(lanes, square), sum_of(lanes)
+    return register_jitable(lambda grads, array, i, x: total(each(grads, grads, x)))
+
+
 def row_step(
     rule: Callable[..., Any], n_state: int, per_row: bool, own: str, code: str, gather: Any = None
 ) -> Any:
@@ -359,7 +371,7 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
 
     Forms: ``"rows i8 f4"``, a block of float32 whose rows are all different ones, numbered by int64; ``"keys
     f4"``, one whose rows may come more than once: whoever meets the first of a row's keys sums them in order;
-    ``"csr i4 f4"``. Numbers that lead outside are left out and counted.
+    ``"csr i4 f4"``. Rows that lead outside are left out, and STRAY says so.
     """
     kind, *index, code = form.split()
     n_array, weight = len(layout.split()), layout.split()[0]
@@ -423,7 +435,7 @@ def _by_keys(code: str, place: str, real: Any) -> Any:
         total = real(0)
         while k < parts and number_at(keys, k) >> 32 == row:
             part = number_at(keys, k) & PLACE
-            total = total + real(numbers(data + size * (part * width + j), code, 1)[0])
+            total = total + real(numbers(data + size * (part * width + np.int64(j)), code, 1)[0])
             k += 1
         return ((total,),)
 
@@ -515,14 +527,7 @@ def squares(code: str) -> Kernel:
     precision, from the address `partial` on.
     """
 
-    def square(grad, value, x):
-        return np.float64(grad[0]) * np.float64(grad[0])
-
-    def visit(count: int) -> Any:
-        each, total = for_each(count, square), sum_of(count)
-        return register_jitable(lambda grads, array, i, x: total(each(grads, grads, x)))
-
-    of_chunk = walk(code, "", visit)
+    of_chunk = walk(code, "", squaring_alone)
 
     def kernel(table, columns, offsets, starts, tensors, partial):
         chunks = number_at(starts, tensors)
@@ -543,6 +548,37 @@ def squares(code: str) -> Kernel:
 
 
 @functools.cache
+def row_squares(weight: str, form: str) -> Kernel:
+    """The kernel that sums the squares of sparse gradients, each row's parts summed first.
+
+    ``kernel(table, columns, offsets, starts, tensors, partial)``, the table being that of `rows`, writes the
+    sum of each unit, in double precision, from the address `partial` on.
+    """
+    kind, *index, code = form.split()
+    source_of, gather = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
+    of_row = walk(code, "", squaring_alone, gather)
+
+    def kernel(table, columns, offsets, starts, tensors, partial):
+        units = number_at(starts, tensors)
+        unit, stride = first_row()
+        thread = u4(u4(cuda.threadIdx.x) & u4(WARP - 1))
+        while unit < units:
+            t = tensor_at(starts, tensors, unit)
+            entry = table + 8 * columns * t
+            width = number_at(entry, columns - 2)
+            row, source = source_of(numbers(entry, "i8", HEADER), unit - number_at(starts, t), width)
+            total = np.float64(0)
+            if row >= 0:
+                total = of_row(source, source[:1], u4(width), thread, u4(WARP), 0)
+            total = over_warp(total)
+            if thread == 0:
+                put(partial + 8 * unit, "f8", (total,))
+            unit += stride
+
+    return Kernel(kernel, ("row_squares", weight, form), 6)
+
+
+@functools.cache
 def set_hyper() -> Kernel:
     """The kernel that writes ROOM of the numbers of a buffer's parts.
 
@@ -553,6 +589,8 @@ def set_hyper() -> Kernel:
     def kernel(hyper, room, first, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p):  # noqa: E741
         given = (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)
         begin = hyper + 8 * OUT
+        if first == 0:  # only `clip_norm` says otherwise, and it may be left out from now on
+            put(hyper + 8 * SKIP, "f8", (0.0,))
         put(begin + 8 * first, "f8", given)
         put(begin + 8 * (room + first), "f8", given)
         put(begin + 8 * (2 * room) + 4 * first, "f4", given)

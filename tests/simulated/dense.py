@@ -127,3 +127,12 @@ def test_every_element_is_read_and_written_once():
     elements = sum(w.size for w in call.weights)
     assert len(places[0]) == 5 * elements
     assert sorted(places[1]) == [1] * elements + [2] * 4 * elements  # gradients are only read
+
+
+def test_step_is_fused_step():
+    row = table.row("nag")
+    call = table.make(row, [5])
+    weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
+    table.build(row).step(call.indices, weights, grads, states)
+    table.build(row).fused_step(*call)
+    compare(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
