@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import cuda_sparse, device, execution
-from .cuda_arrays import CudaUnavailableError, View, address_of, current_stream, kernels, look, on
+from .cuda_arrays import View, address_of, current_stream, kernels, look, on
+from .errors import CudaUnavailableError
 
 __all__ = ["CudaUnavailableError", "on"]
 

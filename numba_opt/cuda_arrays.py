@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import device
+from .errors import CudaUnavailableError
 
 _stream: ContextVar[int | None] = ContextVar("stream", default=None)
 
@@ -31,32 +32,43 @@ TORCH_DTYPES = {
 }
 
 
-class CudaUnavailableError(RuntimeError):
-    """A CUDA array came, and the packages or the driver that it needs are not there."""
-
-
 @cache
-def kernels() -> SimpleNamespace:
-    """The modules that need Numba's CUDA compiler, imported when they are first needed."""
+def loops() -> Any:
+    """The kernels' module, imported when it is first needed, as Numba's CUDA compiler is."""
     try:
         from numba import cuda as target
 
         if getattr(target, "implementation", "") != "NVIDIA":
-            raise ModuleNotFoundError("numba-cuda")
-        from .kernels import cuda, cuda_driver
+            raise ModuleNotFoundError("No module named 'numba_cuda'")
+        from .kernels import cuda
     except (ImportError, AttributeError) as error:
         raise CudaUnavailableError(
-            f"CUDA arrays need the package numba-cuda, which is not there or not whole ({error}): "
+            f"CUDA needs the package numba-cuda, which is not there or not whole ({error}): "
             "pip install 'numba_opt[cuda]', or 'numba_opt[cuda12]' for drivers before 580"
         ) from error
+    return cuda
+
+
+@cache
+def kernels() -> SimpleNamespace:
+    """The modules that a step needs, with a driver that has been started."""
+    found = loops()
     try:
+        from .kernels import cuda_driver
+
         cuda_driver.start()
     except Exception as error:  # the bindings raise of their own if the library is not there
         raise CudaUnavailableError(
-            f"CUDA arrays need NVIDIA's driver, which could not be started ({error}): "
+            f"CUDA needs NVIDIA's driver, which could not be started ({error}): "
             "install one from version 580 on for 'numba_opt[cuda]', from 525 on for 'numba_opt[cuda12]'"
         ) from error
-    return SimpleNamespace(loops=cuda, driver=cuda_driver)
+    return SimpleNamespace(loops=found, driver=cuda_driver)
+
+
+def devices() -> list[Any]:
+    """The GPUs that are there."""
+    driver = kernels().driver
+    return [driver.device(number) for number in range(driver.count())]
 
 
 # ---------------------------------------------------------------- streams

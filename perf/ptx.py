@@ -98,11 +98,11 @@ def tool(name: str) -> str | None:
 
 def kernels() -> Iterator[tuple[str, Any]]:
     """All kernels, with what they are called in the table."""
-    from numba_opt import warmup
     from numba_opt.kernels import cuda as loops
+    from numba_opt.warmup import _instances, cuda_kernels
 
-    variants = warmup._instances(None)
-    for made in warmup._cuda_kernels(variants, ["f4", "f8", "f2", "b2"], sparse=True):
+    variants = _instances(None)
+    for made in cuda_kernels(variants, ["f4", "f8", "f2", "b2"], sparse=True):
         name, *args = made
         words = [arg.__name__ if callable(arg) else str(arg) for arg in args]
         yield " ".join((name, *(w for w in words if w not in "0123 True False"))), getattr(loops, name)(*args)

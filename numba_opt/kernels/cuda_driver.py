@@ -47,6 +47,11 @@ def start() -> None:
     call(driver.cuInit, 0)
 
 
+def count() -> int:
+    """How many devices there are."""
+    return int(call(driver.cuDeviceGetCount))
+
+
 @functools.cache
 def device(number: int) -> Device:
     """A device by its number."""
@@ -59,19 +64,22 @@ class Device:
     def __init__(self, number: int) -> None:
         start()
         self.number = number
-        handle = call(driver.cuDeviceGet, number)
-        self._context = call(driver.cuDevicePrimaryCtxRetain, handle)
-        attribute = driver.CUdevice_attribute
-        major = call(
-            driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle
-        )
-        minor = call(
-            driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle
-        )
-        self.capability = (int(major), int(minor))
-        count = attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-        self.processors = int(call(driver.cuDeviceGetAttribute, count, handle))
+        self._handle = call(driver.cuDeviceGet, number)
+        self._context = call(driver.cuDevicePrimaryCtxRetain, self._handle)
+        kinds = driver.CUdevice_attribute
+        major = self._ask(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+        self.capability = (major, self._ask(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
+        self.processors = self._ask(kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self._functions: dict[Kernel, Any] = {}
+
+    def _ask(self, kind: Any) -> int:
+        return int(call(driver.cuDeviceGetAttribute, kind, self._handle))
+
+    def describe(self) -> dict[str, Any]:
+        """What it is."""
+        name = call(driver.cuDeviceGetName, 256, self._handle).split(b"\0")[0].decode()
+        memory = int(call(driver.cuDeviceTotalMem, self._handle))
+        return {"name": name, "capability": "{}.{}".format(*self.capability), "bytes": memory}
 
     @contextmanager
     def current(self) -> Iterator[None]:
