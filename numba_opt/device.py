@@ -179,7 +179,7 @@ def as_array(value: Any, what: str) -> np.ndarray:
         raise TypeError(f"{what} is a masked array; expected one without a mask")
     if isinstance(value, np.ndarray):
         return value.view(np.ndarray)
-    if hasattr(value, "__cuda_array_interface__"):
+    if on_cuda(value):
         raise TypeError(f"{what} is on a GPU ({_type(value)}); expected an array on the CPU, as the weight")
     torch = sys.modules.get("torch")
     try:

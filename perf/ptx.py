@@ -96,19 +96,25 @@ def tool(name: str) -> str | None:
     return shutil.which(name)
 
 
-def kernels() -> Iterator[tuple[str, Any]]:
-    """All kernels, with what they are called in the table."""
+def kernels() -> Iterator[tuple[str, Any, Any]]:
+    """What there is to tell: a name, a kernel, and compute capabilities.
+
+    All kernels of float32 for 9.0, the dense ones for the others too, and the dense ones of other dtypes.
+    """
     from numba_opt.kernels import cuda as loops
     from numba_opt.warmup import _instances, cuda_kernels
 
     variants = _instances(None)
-    for made in cuda_kernels(variants, ["f4", "f8", "f2", "b2"], sparse=True):
-        name, *args = made
+    single = [*cuda_kernels(variants, ["f4"], sparse=True)]
+    others = [*cuda_kernels(variants, ["f8", "f2", "b2"], sparse=False)]
+    for name, *args in dict.fromkeys([*single, *others]):
         words = [arg.__name__ if callable(arg) else str(arg) for arg in args]
-        yield " ".join((name, *(w for w in words if w not in "0123 True False"))), getattr(loops, name)(*args)
+        shown = " ".join((name, *(w for w in words if w not in ("0", "1", "2", "3", "True", "False"))))
+        wide = name == "dense" and (name, *args) in single
+        yield shown, getattr(loops, name)(*args), CAPABILITIES if wide else [(9, 0)]
 
 
-def table(capabilities: Any = CAPABILITIES) -> str:
+def table(chosen: Any = None) -> str:
     """The report, in Markdown."""
     from importlib.metadata import version
 
@@ -121,8 +127,8 @@ def table(capabilities: Any = CAPABILITIES) -> str:
         "| kernel | cc | float64 | calls | local | wide loads | wide stores | registers | spilled | SASS |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, kernel in kernels():
-        for capability in capabilities:
+    for name, kernel, capabilities in kernels():
+        for capability in chosen or capabilities:
             major, minor = capability
             found = count(cuda_code.ptx(kernel, capability), f"sm_{major}{minor}")
             numbers = (found.double, found.calls, found.local, found.loads, found.stores)
@@ -135,10 +141,9 @@ def table(capabilities: Any = CAPABILITIES) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m perf.ptx", description=__doc__)
-    parser.add_argument("--capability", metavar="X.Y", action="append", help="default: 7.5 8.0 9.0 10.0")
+    parser.add_argument("--capability", metavar="X.Y", action="append", help="by default, see `kernels`")
     args = parser.parse_args()
-    chosen = [tuple(map(int, c.split("."))) for c in args.capability or ()] or CAPABILITIES
-    text = table(chosen)
+    text = table([tuple(map(int, c.split("."))) for c in args.capability or ()])
     print(text)
     if not args.capability:
         (Path(__file__).parent / "results" / "ptx.md").write_text(text)

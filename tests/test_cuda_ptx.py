@@ -25,6 +25,7 @@ LIMITS = {
     "nag-plain": 48,
     "rmsprop": 56,
     "rmsprop-centered": 72,
+    "rmsprop-clipweights": 64,
     "adamax": 64,
     "ftml": 72,
     "groupadagrad": 64,
