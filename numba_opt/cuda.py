@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import cuda_sparse, device, execution
-from .cuda_arrays import View, address_of, current_stream, kernels, look, on
+from .cuda_arrays import View, address_of, current_stream, kernels, kind_of, look, on
 from .errors import CudaUnavailableError
+from .kernels import ndarray
 
 __all__ = ["CudaUnavailableError", "on"]
 
@@ -286,6 +288,7 @@ class Part:
         self.placed: list[Placed] = []
         self.made_on: set[int] = set()
         self.weight: Callable[[], Any] = lambda: None
+        self._found: Found | None = None
         self._last: int | None = None
         self._partial = Scratch(gpu)
         self._norm: list[Any] = []
@@ -300,11 +303,27 @@ class Part:
             self.placed.append(placed or Placed(self.gpu, self.hyper, table))
             self.placed[-1].take(table)
         self.made_on, self.weight, self._norm = found.made_on, _weakly(weight), []
+        self._found = found
+
+    def retake(self, places: np.ndarray) -> bool:
+        """Take other gradients, which are like the last ones; False if they cannot be taken as they are."""
+        found = self._found
+        if found is None or found.parts or self.gpu.capturing(self.stream()):
+            return False
+        survey, held = found.bound.found, found.bound.found.bytes[:, 0]
+        sizes = np.maximum(held // np.maximum(survey.sizes, 1), 1).astype(np.uint64)
+        survey.addresses[held > 0, 0] = places[held > 0]
+        if (places % sizes)[held > 0].any() or ndarray.overlapping(survey):
+            return False
+        for table in found.bound.tables:
+            table.addresses[:, 0] = survey.addresses[table.members, 0]
+        self.hold(found, self.weight())
+        return True
 
     def give_up(self) -> Any:
         """All that launches have the addresses of, which it will not use again."""
         kept = (self.placed, self._partial, self.hyper.memory)
-        self.placed, self._partial, self._norm = [], Scratch(self.gpu), []
+        self.placed, self._partial, self._norm, self._found = [], Scratch(self.gpu), [], None
         return kept
 
     def stream(self) -> int:
@@ -372,47 +391,49 @@ class Prepared:
     def __init__(self, rule: execution.Rule) -> None:
         self.rule = rule
         self.parts: list[Part] = []
-        self._known_parts: dict[int, Part] = {}
-        self._seen: list[tuple[Callable[[], Any], int]] = []
+        self._parts: dict[int, Part] = {}  # of devices
+        self._known: list[Known] = []  # the columns that it is ready for
+        self._kinds: list[Any] = []  # of the gradients
         self._captured: list[tuple[Hyper, int, Part]] = []
         self._captured_which: list[int] = []
         self._kept: list[Any] = []  # what graphs have the addresses of
 
     def take(self, request: device.Request) -> None:
         """Be ready for the arrays of a request; nothing is launched. Errors as in `bind`."""
-        columns = request.columns
-        if self._knows(columns):
+        grads, *rest = request.columns
+        known, self._known = self._known, []
+        same = bool(known) and all(map(Known.same, known[1:], rest))
+        if same and known[0].same(grads):
+            self._known = known
             return
-        self._seen = []
+        if not (same and self._take_gradients(grads)):
+            self._take_all(request)
+        try:
+            self._known = [Known(grads), *(known[1:] if same else map(Known, rest))]
+        except (TypeError, AttributeError):  # no telling whether an object is still the same
+            return
+
+    def _take_all(self, request: device.Request) -> None:
+        columns = request.columns
         self.parts = []
         for found in bind(request):
             gpu = kernels().driver.device(found.device)
             if gpu.capturing(current_stream(columns[1][found.members[0]], found.device)):
                 raise RuntimeError(UNPREPARED)
-            part = self._known_parts.get(found.device)
+            part = self._parts.get(found.device)
             if part is None or part.members != found.members:
                 part = Part(self.rule, gpu, found.members)
-                self._known_parts[found.device] = part
+                self._parts[found.device] = part
             part.hold(found, columns[1][found.members[0]])
             self.parts.append(part)
-        self._remember(columns)
+        self._kinds = list(map(kind_of, columns[0]))
 
-    def _knows(self, columns: Sequence[Sequence[Any]]) -> bool:
-        """Whether these are the arrays that it is ready for."""
-        values = list(_arrays(columns))
-        return len(self._seen) == len(values) > 0 and all(
-            ref() is value and _address(value) == at
-            for (ref, at), value in zip(self._seen, values, strict=True)
-        )
-
-    def _remember(self, columns: Sequence[Sequence[Any]]) -> None:
-        try:
-            self._seen = [
-                (_nothing if value is None else weakref.ref(value), _address(value))
-                for value in _arrays(columns)
-            ]
-        except (TypeError, AttributeError):  # no telling whether an object is still the same
-            self._seen = []
+    def _take_gradients(self, grads: Sequence[Any]) -> bool:
+        """Be ready for new gradients like the last ones; False if that takes a closer look."""
+        if None in self._kinds or list(map(kind_of, grads)) != self._kinds:
+            return False
+        places = np.array(list(map(address_of, grads)), np.uint64)
+        return all(part.retake(places[part.members]) for part in self.parts)
 
     def run(self, hyper: Any, which: Sequence[int], norm: Norm | None = None, graphs: bool = True) -> bool:
         """Launch a step. False if it went into a graph: then nothing else did, and nothing else happened."""
@@ -438,7 +459,7 @@ class Prepared:
             part.launch(norm)
         if any(captured):  # the graph has the tables for itself: later steps make others
             self._kept += [part.give_up() for part in self.parts]
-            self._seen = []
+            self._known = []
         return not any(captured)
 
     def refresh(self, hyper: Any, which: Sequence[int], norm: Norm | None) -> None:
@@ -457,24 +478,42 @@ class Prepared:
 
     def told(self) -> np.ndarray:
         """What the kernels of all devices have said, added up; waits for the devices."""
-        return np.sum([part.hyper.told() for part in self._known_parts.values()], axis=0)
+        return np.sum([part.hyper.told() for part in self._parts.values()], axis=0)
 
 
-def _nothing() -> None:
-    return None
+class Known:
+    """The arrays of a column, by their objects and addresses; none is kept alive by it."""
+
+    def __init__(self, column: Sequence[Any]) -> None:
+        self._gone: list[Any] = []
+        tensors = all(hasattr(value, "data_ptr") for value in column)
+        self._read = methodcaller("data_ptr") if tensors else _place_of
+        self._ids, self._places = list(map(id, column)), list(map(self._read, column))
+        self._refs = [weakref.ref(value, self._gone.append) for value in _parts(column)]
+
+    def same(self, column: Sequence[Any]) -> bool:
+        """Whether these are the same arrays, where they were."""
+        if self._gone or list(map(id, column)) != self._ids:
+            return False
+        return list(map(self._read, column)) == self._places
 
 
-def _arrays(columns: Sequence[Sequence[Any]]) -> Iterator[Any]:
-    """All arrays of a call, and sparse gradients with theirs."""
-    for column in columns:
-        for value in column:
+def _parts(column: Sequence[Any]) -> Iterator[Any]:
+    """All arrays of a column, and sparse gradients with theirs."""
+    for value in column:
+        if value is not None:
             yield value
-            if value is not None and cuda_sparse.is_sparse(value):
+            if cuda_sparse.is_sparse(value):
                 yield from cuda_sparse.arrays_of(value)
 
 
-def _address(value: Any) -> int:
-    return 0 if value is None or cuda_sparse.is_sparse(value) else address_of(value)
+def _place_of(value: Any) -> Any:
+    """Where an array is, or the arrays that a sparse gradient is made of."""
+    if value is None:
+        return 0
+    if cuda_sparse.is_sparse(value):
+        return [(id(array), address_of(array)) for array in cuda_sparse.arrays_of(value)]
+    return address_of(value)
 
 
 class Found(NamedTuple):

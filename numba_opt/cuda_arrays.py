@@ -285,3 +285,11 @@ def address_of(value: Any) -> int:
         return value.data_ptr()
     pointer = getattr(getattr(value, "data", None), "ptr", None)
     return value.__cuda_array_interface__["data"][0] if pointer is None else pointer
+
+
+def kind_of(value: Any) -> Any:
+    """All that matters of a PyTorch tensor but its address, found quickly; None of any other array."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    return value.dtype, value.device, value.shape, value.stride()

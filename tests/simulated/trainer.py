@@ -276,3 +276,60 @@ def test_streams():
         numba_opt.cuda.on("a"),
     ):
         pass
+
+
+def test_fresh_tensors_of_torch(monkeypatch):
+    """New gradients like the last ones go into the table that is there, once their memory is checked."""
+    import sys
+    from types import ModuleType
+
+    class Tensor(cuda_host.HostArray):
+        """What is asked of a PyTorch tensor on a GPU."""
+
+        layout, is_cuda, device = "torch.strided", True, type("device", (), {"index": 0})
+
+        def __init__(self, array):
+            super().__init__(array)
+            self.dtype = f"torch.{array.dtype}"
+
+        def data_ptr(self):
+            return self.array.ctypes.data
+
+        def stride(self):
+            return tuple(stride // self.array.itemsize for stride in self.array.strides)
+
+        def element_size(self):
+            return self.array.itemsize
+
+    class Stream:
+        cuda_stream = 0
+
+    torch = ModuleType("torch")
+    torch.Tensor, torch.strided = Tensor, Tensor.layout
+    torch.cuda = type("cuda", (), {"current_stream": staticmethod(lambda number: Stream)})
+    torch.zeros = lambda shape, dtype, device: Tensor(cuda_host.whole(np.zeros(shape, str(dtype)[6:])))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    row = table.row("nag")
+    call = table.make(row, [3, 40])
+    looks = []
+    look = numba_opt.cuda.look
+    monkeypatch.setattr(numba_opt.cuda, "look", lambda *args: looks.append(1) or look(*args))
+    gpu = numba_opt.Trainer([Tensor(cuda_host.whole(w)) for w in call.weights], table.build(row))
+    cpu = numba_opt.Trainer(call.weights, table.build(row))
+    kept = []  # freed memory would be given to the next gradients
+    for scale in (1, 2, 3):
+        fresh = [np.float32(scale) * grad for grad in call.grads]
+        kept.append([Tensor(cuda_host.whole(grad)) for grad in fresh])
+        looks.clear()
+        cuda_host.launches.clear()
+        gpu.step(kept[-1])
+        cpu.step(fresh)
+        assert bool(looks) == (scale == 1)
+        assert cuda_host.launches[-2:] == ["copy", "dense"] or scale == 1
+    agree(gpu, cpu)
+    with pytest.raises(ValueError, match="shares memory with gradient"):
+        gpu.step([gpu.params["0"], kept[0][1]])
+    agree(gpu, cpu)
+    gpu.step(kept[1])
+    cpu.step([np.float32(2) * grad for grad in call.grads])
+    agree(gpu, cpu)
