@@ -146,7 +146,9 @@ def main() -> None:
     text = table([tuple(map(int, c.split("."))) for c in args.capability or ()])
     print(text)
     if not args.capability:
-        (Path(__file__).parent / "results" / "ptx.md").write_text(text)
+        path = Path(__file__).parent / "results" / "ptx.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_dense_kernels_of_other_layouts(made, layout, loads, stores):
     assert found.registers <= 96
 
 
-@pytest.mark.parametrize("form", ["rows i8 f4", "rows i4 f4", "keys f4", "csr i4 f4", "csr i8 f4"])
+@pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4"])
 @pytest.mark.parametrize("name", ["adamax", "groupadagrad"])
 def test_rows(made, name, form):
     rule = table.build(table.row(name))._rule()
