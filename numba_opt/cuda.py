@@ -80,7 +80,7 @@ class Hyper:
         found = kernels()
         self.loops, self._launch_of = found.loops, found.driver.Launch
         self._gpu, self._length, self._rows = gpu, length, 0
-        self._written: np.ndarray = np.zeros(0)
+        self._written: Any = None
         self._launch: Any = None
         self._earlier: Any = 0  # counts of buffers that were too small
         self.memory: Any = None
@@ -99,7 +99,7 @@ class Hyper:
             self._rows = rows
             self.room = -(-(loops.HEAD + rows * self._length) // loops.ROOM) * loops.ROOM
             self.memory = self._gpu.memory(8 * (loops.OUT + 3 * self.room))
-            self._written = np.zeros(0)
+            self._written = None
             arguments = (self.address, self.room, 0), [0.0] * loops.ROOM
             self._launch = self._launch_of(self._gpu, loops.set_hyper(), 1, 1, *arguments)
 
@@ -107,20 +107,19 @@ class Hyper:
         """Whether there is room for so many rows."""
         return rows <= self._rows
 
-    def write(self, rows: np.ndarray, rescale: float, norm: Norm | None, stream: int) -> None:
+    def write(self, rows: np.ndarray, norm: Norm | None, stream: int) -> None:
         """Have rows written when the stream gets there, if they are not there already."""
+        if (norm, rows.tobytes()) == self._written:
+            return
         loops = self.loops
-        head = [norm.limit if norm else 0.0, rescale, float(bool(norm and norm.guard)), 0.0]
         numbers = np.zeros(self.room)
-        numbers[: loops.HEAD] = head
+        limit, guard = norm or (0.0, False)
+        numbers[: loops.HEAD] = limit, rows[0, 0], float(guard), 0.0
         numbers[loops.HEAD : loops.HEAD + rows.size] = rows.ravel()
-        if not np.array_equal(numbers, self._written):
-            for first in range(0, self.room, loops.ROOM):
-                self._launch.set(
-                    (self.address, self.room, first), numbers[first : first + loops.ROOM].tolist()
-                )
-                self._launch(stream)
-            self._written = numbers
+        for first in range(0, self.room, loops.ROOM):
+            self._launch.set((self.address, self.room, first), numbers[first : first + loops.ROOM].tolist())
+            self._launch(stream)
+        self._written = norm, rows.tobytes()
 
     def told(self) -> np.ndarray:
         """What kernels have said; waits for everything on the device."""
@@ -210,15 +209,13 @@ class Placed:
         self._mirror = Mirror(gpu, table.entries.size + table.lines.size)
         self._keys = Scratch(gpu)
         self._which: list[int] = []
-        self._at: tuple[int, int] = (0, 0)
         self.table = table
         self.sorting: list[Any] = []  # launches, before those that sum squares
         self.launch: Any = None
 
     def take(self, table: Table) -> None:
         """Have another one like it."""
-        self.table, self._which, self._at = table, [], (0, 0)
-        self.sorting = []
+        self.table, self._which, self.sorting = table, [], []
         sorted_ones = [(k, parts) for k, parts in enumerate(table.sparse) if parts.form.startswith("keys")]
         place = self._keys.fit(sum(2 * parts.units for _, parts in sorted_ones)) if sorted_ones else 0
         for k, parts in sorted_ones:
@@ -244,21 +241,15 @@ class Placed:
         blocks = min(-(-units // share), self._gpu.processors * 8)
         return kernels().driver.Launch(self._gpu, kernel, blocks, threads, arguments)
 
-    def ready(self, which: Sequence[int]) -> bool:
-        """Whether the table is as it should be, with these rows of hyper-parameters for its tensors."""
-        return self._which == which and self._at == (self._hyper.address, self._hyper.room)
-
     def place(self, which: list[int], stream: int) -> None:
-        """Have the table as it should be when the stream gets there."""
-        if self.ready(which):
-            return
+        """Have the table as it should be when the stream gets there, with these rows for its tensors."""
         if self._which != which:
             self.table.entries[:, -1] = which
             words = [self.table.entries.view(np.int64).ravel(), self.table.lines.ravel()]
             self._mirror.write(np.concatenate(words), stream)
             self._which = which
-        self._at = self._hyper.address, self._hyper.room
-        units, arguments = int(self.table.lines[1, -1]), (*self._arguments(1), *self._at)
+        units = int(self.table.lines[1, -1])
+        arguments = (*self._arguments(1), self._hyper.address, self._hyper.room)
         self.launch = self._over(self.table.kernel, units, arguments, self.table.by_warps[0])
 
     def _arguments(self, line: int) -> tuple[int, ...]:
@@ -289,6 +280,7 @@ class Part:
         self.made_on: set[int] = set()
         self.weight: Callable[[], Any] = lambda: None
         self._found: Found | None = None
+        self._ready_for: Any = None  # rows of hyper-parameters, and where those are
         self._last: int | None = None
         self._partial = Scratch(gpu)
         self._norm: list[Any] = []
@@ -303,7 +295,7 @@ class Part:
             self.placed.append(placed or Placed(self.gpu, self.hyper, table))
             self.placed[-1].take(table)
         self.made_on, self.weight, self._norm = found.made_on, _weakly(weight), []
-        self._found = found
+        self._found, self._ready_for = found, None
 
     def retake(self, places: np.ndarray) -> bool:
         """Take other gradients, which are like the last ones; False if they cannot be taken as they are."""
@@ -323,43 +315,41 @@ class Part:
     def give_up(self) -> Any:
         """All that launches have the addresses of, which it will not use again."""
         kept = (self.placed, self._partial, self.hyper.memory)
-        self.placed, self._partial, self._norm, self._found = [], Scratch(self.gpu), [], None
+        self.placed, self._partial, self._norm = [], Scratch(self.gpu), []
+        self._found = self._ready_for = None
         return kept
 
     def stream(self) -> int:
         """The caller's stream."""
         return current_stream(self.weight(), self.gpu.number)
 
-    def write(self, rows: np.ndarray, which: Sequence[int], norm: Norm | None) -> None:
+    def write(self, rows: np.ndarray, which: Sequence[int], norm: Norm | None, stream: int) -> None:
         """Have hyper-parameters and tables in place when the stream gets there."""
-        stream = self.stream()
-        with self.gpu.current():
-            if self._last is not None and stream != self._last:
-                self.gpu.after(stream, self._last)
-            for other in self.made_on - {stream}:
-                self.gpu.after(stream, other)
-            self._last = stream
-            self.hyper.fit(len(rows))
+        if self._last is not None and stream != self._last:
+            self.gpu.after(stream, self._last)
+        for other in self.made_on - {stream}:
+            self.gpu.after(stream, other)
+        self._last = stream
+        self.hyper.fit(len(rows))
+        if not self.ready(which, None):
             for placed in self.placed:
                 placed.place([which[self.members[k]] for k in placed.table.members], stream)
-            self.hyper.write(rows, float(rows[0, 0]), norm, stream)
-            if norm is not None and not self._norm:
-                self._norm = self._norm_launches()
+            self._ready_for = (list(which), self.hyper.address)
+        self.hyper.write(rows, norm, stream)
+        if norm is not None and not self._norm:
+            self._norm = self._norm_launches()
 
     def ready(self, which: Sequence[int], norm: Norm | None) -> bool:
         """Whether all is in place, but for the values of hyper-parameters."""
-        return (norm is None or bool(self._norm)) and all(
-            placed.ready([which[self.members[k]] for k in placed.table.members]) for placed in self.placed
-        )
+        at = None if self.hyper.memory is None else self.hyper.address
+        return self._ready_for == (which, at) and (norm is None or bool(self._norm))
 
-    def launch(self, norm: Norm | None) -> None:
-        """Launch the kernels of a step, on the caller's stream: nothing else happens to it."""
-        stream = self.stream()
-        with self.gpu.current():
-            sorting = [launch for placed in self.placed for launch in placed.sorting]
-            updates = [placed.launch for placed in self.placed]
-            for launch in (*sorting, *(self._norm if norm is not None else ()), *updates):
-                launch(stream)
+    def launch(self, norm: Norm | None, stream: int) -> None:
+        """Launch the kernels of a step: nothing else happens to the stream."""
+        sorting = [launch for placed in self.placed for launch in placed.sorting]
+        updates = [placed.launch for placed in self.placed]
+        for launch in (*sorting, *(self._norm if norm is not None else ()), *updates):
+            launch(stream)
 
     def _norm_launches(self) -> list[Any]:
         """What sums the squares of all gradients, and what settles what follows from that."""
@@ -443,7 +433,8 @@ class Prepared:
                 "clip_global_norm and skip_nonfinite need all parameters on one device, "
                 f"but they are on CUDA devices {numbers}"
             )
-        captured = [part.gpu.capturing(part.stream()) for part in self.parts]
+        streams = [part.stream() for part in self.parts]
+        captured = [part.gpu.capturing(at) for part, at in zip(self.parts, streams, strict=True)]
         if any(captured):
             if not graphs:
                 raise RuntimeError("only a step of a Trainer can be captured in a CUDA graph")
@@ -451,12 +442,12 @@ class Prepared:
                 raise RuntimeError(UNPREPARED)
             self._captured = [(part.hyper, part.hyper.address, part) for part in self.parts]
             self._captured_which = list(which)
-        else:
-            rows = np.asarray(hyper, np.float64)
-            for part in self.parts:
-                part.write(rows, which, norm)
-        for part in self.parts:
-            part.launch(norm)
+        rows = np.asarray(hyper, np.float64)
+        for part, stream, kept in zip(self.parts, streams, captured, strict=True):
+            with part.gpu.current():
+                if not kept:
+                    part.write(rows, which, norm, stream)
+                part.launch(norm, stream)
         if any(captured):  # the graph has the tables for itself: later steps make others
             self._kept += [part.give_up() for part in self.parts]
             self._known = []
@@ -470,7 +461,7 @@ class Prepared:
             raise ValueError("other groups of hyper-parameters are in use since the step was captured")
         for buffer, _, part in self._captured:
             with part.gpu.current():
-                buffer.write(rows, float(rows[0, 0]), norm, part.stream())
+                buffer.write(rows, norm, part.stream())
 
     def norm(self) -> float:
         """The norm of the last step's gradients; waits for the device."""
