@@ -40,7 +40,7 @@ class Binding:
 
     def prepare(self, optimizer: Optimizer) -> Any:
         """What holds the tables."""
-        return execution.Prepared(len(self.request.columns), len(self.positions))
+        return execution.Prepared(self.request)
 
     def step(self, trainer: Trainer, rescale: float) -> bool:
         """Update the parameters; False if there was reason to skip that."""
@@ -105,6 +105,11 @@ class Binding:
     def bind(self, optimizer: Optimizer) -> execution.Work | None:
         """Get hold of the arrays: None if all are plain and `prepared` has them, else all about them."""
         request = self.request
+        if optimizer._stored != request.stored:  # it has been changed, by a checkpoint perhaps
+            request = self.request = request._replace(
+                stored=optimizer._stored, numbers=optimizer._numbers(self.positions)
+            )
+            self.prepared = execution.Prepared(request)
         plain = optimizer.use_fused_step and not self.stamps and ndarray.readable()
         if plain and self.prepared.take(self.ids, request, optimizer._rule()):
             return None
@@ -133,7 +138,8 @@ class CudaBinding(Binding):
         return cuda.Prepared(optimizer._rule())
 
     def bind(self, optimizer: Optimizer) -> None:
-        self.prepared.take(self.request._replace(columns=[self.grads, *self.request.columns[1:]]))
+        columns = [self.grads, *self.request.columns[1:]]
+        self.prepared.take(self.request._replace(columns=columns, stored=optimizer._stored))
 
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float:
         return rescale  # the device does the rest

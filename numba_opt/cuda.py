@@ -175,7 +175,7 @@ def row_tables(
     loops, columns = kernels().loops, bound.found.bytes.shape[1]
     groups: dict[tuple[str, str], list[int]] = {}
     for t, part in parts.items():
-        layout = device.own_layout(int(bound.found.codes[t]), columns)
+        layout = device.own_layout(int(bound.found.codes[t]), columns, rule.n_state, bound.stored)
         groups.setdefault((part.form, layout), []).append(t)
     for (form, layout), members in groups.items():
         entries, units = [], []

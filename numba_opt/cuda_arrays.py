@@ -225,16 +225,17 @@ def look_at(value: Any, what: str) -> np.ndarray:
     return look(value, what).shadow
 
 
-def zeros_like(weight: Any, shape: tuple[int, ...]) -> Any:
-    """Zeros of a weight's dtype, of its library, and on its device."""
+def zeros_like(weight: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    """Zeros of a weight's library, and on its device."""
     view = look(weight, "weight")
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and isinstance(weight, torch.Tensor):
-        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        kind = weight.dtype if dtype == view.shadow.dtype else getattr(torch, dtype.name)
+        return torch.zeros(shape, dtype=kind, device=weight.device)
     if cupy is not None and isinstance(weight, cupy.ndarray):
         with cupy.cuda.Device(view.device):
-            return cupy.zeros(shape, view.shadow.dtype)
-    return kernels().driver.array(view.device, np.zeros(shape, view.shadow.dtype))
+            return cupy.zeros(shape, dtype)
+    return kernels().driver.array(view.device, np.zeros(shape, dtype))
 
 
 def as_single(weight: Any, what: str) -> Any:

@@ -9,6 +9,7 @@ written back.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import sys
@@ -21,6 +22,8 @@ import numpy as np
 from .kernels import ndarray
 
 Columns = Sequence[Sequence[Any]]
+
+STATE_DTYPES = {"float32": "f4", "bfloat16": "b2", "float16": "f2"}  # to be asked for, and their codes
 
 
 class Table(NamedTuple):
@@ -44,6 +47,7 @@ class Bound(NamedTuple):
     found: ndarray.Survey
     arrays: Columns  # as the kernels work on them
     replaced: list[tuple[np.ndarray, np.ndarray]]  # (the caller's array, what is worked on instead)
+    stored: str = ""  # how states are, as in the request
 
     def write_back(self) -> list[partial[Any]]:
         """What brings the arrays that were worked on in others' place to where they belong."""
@@ -57,7 +61,8 @@ class Request(NamedTuple):
     the half-precision copies of the weights, None for a weight that has none; `label` says what the parameter
     at a position is called, for the errors. With `per_row`, weights are matrices and a state has the shape
     ``(rows, 1)``. A gradient that is None comes another way: `apart` then has the arrays that hold it, by
-    position, which must not share memory with what is written.
+    position, which must not share memory with what is written. States are `stored` as that code says, or, if
+    it is empty, as the weight; if they are rounded stochastically, `numbers` has one for each weight.
     """
 
     columns: Columns
@@ -66,6 +71,8 @@ class Request(NamedTuple):
     label: Callable[[int], str]
     apart: Mapping[int, Sequence[np.ndarray]] = {}
     stamps: Mapping[int, Any] = {}  # of rows, where they catch up exactly: written, too
+    stored: str = ""
+    numbers: tuple[int, ...] = ()
 
     @property
     def n_state(self) -> int:
@@ -94,26 +101,27 @@ def bind(request: Request) -> Bound:
     if found is None or not _fit_apart(found, request):
         columns, replaced = _one_by_one(request)
         found = _ask(columns)
-    return Bound(tables(found, request.n_state), found, columns, replaced)
+    if request.numbers:
+        found.addresses[:, -3] = request.numbers
+    return Bound(tables(found, request.n_state, request.stored), found, columns, replaced, request.stored)
 
 
-def fit(found: ndarray.Survey, n_state: int) -> bool:
+def fit(found: ndarray.Survey, n_state: int, stored: str = "") -> bool:
     """Whether kernels take these arrays together: their dtypes match, and none that is written overlaps."""
     columns = found.bytes.shape[1]
-    known = all(layout_of(code, columns, n_state) for code in set(found.codes.tolist()))
+    known = all(layout_of(code, columns, n_state, stored) for code in set(found.codes.tolist()))
     return known and not ndarray.overlapping(found)
 
 
 def _fit_apart(found: ndarray.Survey, request: Request) -> bool:
     """`fit`, where some gradients come another way and some parameters have stamps."""
     if not request.apart and not request.stamps:
-        return fit(found, request.n_state)
+        return fit(found, request.n_state, request.stored)
     columns = found.bytes.shape[1]
     codes = found.codes.tolist()
     if any((code & ndarray.ABSENT == ndarray.ABSENT) != (t in request.apart) for t, code in enumerate(codes)):
         return False
-    own = {code if code & ndarray.ABSENT != ndarray.ABSENT else _like_weight(code) for code in codes}
-    if not all(layout_of(code, columns, request.n_state) for code in own):
+    if not all(own_layout(code, columns, request.n_state, request.stored) for code in set(codes)):
         return False
     for t, stamps in request.stamps.items():
         _check_stamps(stamps, f"stamps of {request.label(t)}", request.columns[1][t].shape[:1] or (1,))
@@ -121,12 +129,7 @@ def _fit_apart(found: ndarray.Survey, request: Request) -> bool:
     return not ndarray.overlapping(found, read, list(request.stamps.values()))
 
 
-def _like_weight(code: int) -> int:
-    """The code of a tensor without a gradient, as if it had one of the weight's dtype."""
-    return code - ndarray.ABSENT + (code >> ndarray.BITS & ndarray.ABSENT)
-
-
-def tables(found: ndarray.Survey, n_state: int) -> list[Table]:
+def tables(found: ndarray.Survey, n_state: int, stored: str = "") -> list[Table]:
     """One table for each layout among the arrays."""
     result = []
     codes = sorted(set(found.codes.tolist()))
@@ -137,14 +140,18 @@ def tables(found: ndarray.Survey, n_state: int) -> list[Table]:
         addresses = found.addresses if len(codes) == 1 else found.addresses[members]
         offsets = np.zeros(len(members) + 1, np.int64)
         np.cumsum(found.sizes[members], out=offsets[1:])
-        layout = layout_of(code, found.bytes.shape[1], n_state)
+        layout = layout_of(code, found.bytes.shape[1], n_state, stored)
         result.append(Table(layout, members, addresses, offsets))
     return result
 
 
 @functools.cache
-def layout_of(code: int, columns: int, n_state: int) -> str:
-    """How arrays with these dtypes are laid out for a kernel; empty if none takes them together."""
+def layout_of(code: int, columns: int, n_state: int, stored: str = "") -> str:
+    """How arrays with these dtypes are laid out for a kernel; empty if none takes them together.
+
+    States must be `stored` as that code says, or, if it is empty, as the weight. A code with "s" before it
+    asks for stochastic rounding.
+    """
     numbers = [code >> (ndarray.BITS * c) & ndarray.ABSENT for c in range(columns)]
     if numbers[-1] == ndarray.ABSENT:
         numbers.pop()
@@ -152,15 +159,28 @@ def layout_of(code: int, columns: int, n_state: int) -> str:
         return ""
     grad, weight, *rest = (ndarray.CODES[number] for number in numbers)
     states, copy = rest[:n_state], rest[n_state:]
-    fits = grad in gradients_for(weight, *copy) and all(state == weight for state in states)
-    return " ".join((grad, weight, *rest)) if fits else ""
+    kept = stored or weight
+    fits = grad in gradients_for(weight, *copy) and all(state == kept[-2:] for state in states)
+    return " ".join((grad, weight, *[kept] * n_state, *copy)) if fits else ""
 
 
-@functools.cache
-def own_layout(code: int, columns: int) -> str:
-    """How a tensor's arrays other than its gradient are stored."""
-    numbers = [code >> (ndarray.BITS * c) & ndarray.ABSENT for c in range(1, columns)]
-    return " ".join(ndarray.CODES[number] for number in numbers if number != ndarray.ABSENT)
+def own_layout(code: int, columns: int, n_state: int, stored: str = "") -> str:
+    """How a tensor's arrays other than its gradient, which may be absent, are laid out."""
+    if code & ndarray.ABSENT == ndarray.ABSENT:  # as if there were one of the weight's dtype
+        code += (code >> ndarray.BITS & ndarray.ABSENT) - ndarray.ABSENT
+    return layout_of(code, columns, n_state, stored).partition(" ")[2]
+
+
+def state_dtype(stored: str, weight: np.dtype) -> np.dtype:
+    """The dtype of the states of a weight, where they are stored as that code says, or as the weight."""
+    code = stored[-2:]
+    if code == "b2":
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise ImportError("bfloat16 states need ml_dtypes: pip install numba_opt[bfloat16]") from error
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(code) if code else weight
 
 
 def gradients_for(weight: str, copy: str = "") -> tuple[str, ...]:
@@ -194,9 +214,9 @@ def as_array(value: Any, what: str) -> np.ndarray:
     raise TypeError(f"{what} is {_type(value)}; expected an array")
 
 
-def zeros_like(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros of a weight's dtype."""
-    return np.zeros(shape, weight.dtype)
+def zeros_like(weight: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros where a weight is."""
+    return np.zeros(shape, dtype)
 
 
 def as_single(weight: Any, what: str) -> np.ndarray:
@@ -224,6 +244,15 @@ def is_half(dtype: np.dtype) -> bool:
     return dtype == np.float16 or dtype.name == "bfloat16"
 
 
+def name_of(dtype: Any) -> str:
+    """The name of a dtype that may be given as one, as a type of NumPy's or torch's, or by its name."""
+    name = dtype
+    if not isinstance(dtype, str):
+        with contextlib.suppress(TypeError):
+            name = np.dtype(dtype).name
+    return str(name).removeprefix("torch.")
+
+
 def code_of(dtype: np.dtype) -> str:
     """The code of a dtype in layouts; empty if kernels do not know it."""
     known = ndarray.dtypes()
@@ -236,7 +265,7 @@ def _type(value: Any) -> str:
 
 def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarray, np.ndarray]]]:
     """The columns as arrays that a kernel can take, and what stands in for others; all of it checked."""
-    columns, _, per_row, label, apart, stamps = request
+    columns, _, per_row, label, apart, stamps, stored, _ = request
     names, n_state = request.names(), request.n_state
 
     def may_lack(c: int, t: int) -> bool:
@@ -263,8 +292,10 @@ def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarra
                 check_shape(column[t], what, (weight.shape[0], 1) if rows else weight.shape)
                 if c > 0:
                     check_writable(column[t], what)
-                if 2 <= c < 2 + n_state and column[t].dtype != weight.dtype:
-                    raise TypeError(f"{what} is {column[t].dtype}; expected {weight.dtype}, as the weight")
+                expected = state_dtype(stored, weight.dtype)
+                if 2 <= c < 2 + n_state and column[t].dtype != expected:
+                    why = "state_dtype says" if stored else "the weight"
+                    raise TypeError(f"{what} is {column[t].dtype}; expected {expected}, as {why}")
         copies = arrays[2 + n_state : 3 + n_state]
         if arrays[0][t] is not None:
             _check_gradient(arrays[0][t], weight, f"gradient of {label(t)}", *(copy[t] for copy in copies))
@@ -358,13 +389,14 @@ def _ask(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
     """What `numba_opt.kernels.ndarray.read` finds, from each array's own word."""
     weights = columns[1]
     width = [w.size // w.shape[0] if w.ndim and w.shape[0] else 1 for w in weights]
+    blank = [0] * len(weights)
     at = [[0 if a is None else a.__array_interface__["data"][0] for a in column] for column in columns]
     numbers = [
         [ndarray.ABSENT if a is None else ndarray.CODES.index(code_of(a.dtype)) for a in column]
         for column in columns
     ]
     return ndarray.Survey(
-        addresses=np.array([*at, width, [0] * len(width)], np.uint64).T.copy(),
+        addresses=np.array([*at, blank, width, blank], np.uint64).T.copy(),
         bytes=np.array([[0 if a is None else a.nbytes for a in column] for column in columns]).T.copy(),
         sizes=np.array([w.size for w in weights], np.int64),
         codes=np.array([pack(kinds) for kinds in zip(*numbers, strict=True)], np.int64),

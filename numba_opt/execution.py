@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import device, interrupts
-from .kernels import cpu, ndarray, threads
+from .kernels import cpu, ndarray, rounding, threads
 from .kernels.elements import prepare
 from .sparse import Parts
 
@@ -121,7 +121,7 @@ def carry_out(
         work.settle()
 
 
-def all_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
+def all_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Job]:
     """The kernel calls of a step, all compiled: rows that are late, sparse gradients, dense ones."""
     number(work.bound.tables, which)
     late = [_catch_up(rule, work, t) for t in work.lagging()]
@@ -174,8 +174,10 @@ class Prepared:
     It holds addresses and no arrays: every call reads them anew from the array objects that it is given.
     """
 
-    def __init__(self, columns: int, tensors: int) -> None:
-        self.found = ndarray.blank(columns, tensors)
+    def __init__(self, request: device.Request) -> None:
+        self.found = ndarray.blank(len(request.columns), len(request.columns[0]))
+        if request.numbers:
+            self.found.addresses[:, -3] = request.numbers
         self.tables: list[device.Table] = []
         self.launches: list[Launch] = []  # empty while the tables are not of use
         self.which: Any = ()
@@ -192,9 +194,9 @@ class Prepared:
                     table.addresses[:, :-2] = found.addresses[table.members, :-2]
             return True
         self.launches = []
-        if answer == ndarray.STRANGE or not device.fit(found, n_state):
+        if answer == ndarray.STRANGE or not device.fit(found, n_state, request.stored):
             return False
-        self.tables = device.tables(found, n_state)
+        self.tables = device.tables(found, n_state, request.stored)
         self.launches = launches(rule, self.tables)
         self.which = ()
         return True
@@ -207,12 +209,12 @@ class Prepared:
         return dense_jobs(self.launches, hyper)
 
 
-def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
+def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Job]:
     """The kernel calls for sparse gradients: one for all that are alike, one each where rows catch up."""
     groups: dict[Any, list[int]] = {}
     for t, parts in work.parts.items():
         own = t if t in work.histories else None
-        groups.setdefault((parts.form, _layout(work, t), own), []).append(t)
+        groups.setdefault((parts.form, _layout(rule, work, t), own), []).append(t)
     jobs = []
     for (form, layout, own), members in groups.items():
         real = cpu.compute_dtype(layout.split()[0])
@@ -237,7 +239,7 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[
 
 def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
     """The kernel call that brings all rows of a parameter up to date."""
-    history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(work, t)
+    history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(rule, work, t)
     stamps = work.stamps[t].ctypes.data
     entry = [0, 0, 0, 0, stamps, history.recorded, 0, 0, *_own(rule, layout, arrays), 0]
     elements = int(work.bound.found.sizes[t])
@@ -246,14 +248,15 @@ def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
     return kernel, (table, offsets, history.rows()), elements
 
 
-def _layout(work: Work, t: int) -> str:
-    """How a parameter's own arrays are stored: its weight, states and perhaps copy."""
-    return device.own_layout(int(work.bound.found.codes[t]), work.bound.found.bytes.shape[1])
+def _layout(rule: Rule, work: Work, t: int) -> str:
+    """How a parameter's own arrays are laid out: its weight, states and perhaps copy."""
+    found, stored = work.bound.found, work.bound.stored
+    return device.own_layout(int(found.codes[t]), found.bytes.shape[1], rule.n_state, stored)
 
 
 def _own(rule: Rule, layout: str, addresses: np.ndarray) -> list[int]:
-    """The addresses of a parameter's own arrays, and the length of its rows."""
-    return [*addresses[1 : 1 + len(layout.split())].tolist(), int(addresses[-2])]
+    """The addresses of a parameter's own arrays, the number that it has, and the length of its rows."""
+    return [*addresses[1 : 1 + len(layout.split())].tolist(), *addresses[-3:-1].tolist()]
 
 
 def _address(array: np.ndarray | None) -> int:
@@ -267,11 +270,12 @@ def on_arrays(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> None:
         row = hyper[which[t]]
         if t in work.histories and work.histories[t].recorded:
             _catch_up_arrays(rule, work, t, weight, rest)
+        keep = _keeping(work, t)
         if t not in work.parts:
-            _apply(rule, grad, weight, rest, row)
+            _apply(rule, grad, weight, rest, row, keep)
             continue
         touched, values = work.parts[t].summed(weight)
-        _apply_to_rows(rule, touched, values, weight, rest, row)
+        _apply_to_rows(rule, touched, values, weight, rest, row, keep)
         if t in work.stamps:
             work.stamps[t][touched] = work.histories[t].recorded + 1
             work.histories[t].with_current(row)
@@ -283,17 +287,48 @@ def _catch_up_arrays(rule: Rule, work: Work, t: int, weight: np.ndarray, rest: S
     rows = work.parts[t].rows if t in work.parts else np.arange(len(stamps))
     for q, hyper in enumerate(history.rows()):
         late = rows[stamps[rows] <= q]
-        _apply_to_rows(rule, late, np.zeros((len(late), 1)), weight, rest, hyper)
+        _apply_to_rows(rule, late, np.zeros((len(late), 1)), weight, rest, hyper, _keeping(work, t))
+
+
+# What stores a state on arrays: (state's number, array, values, rows that the array's are, hyper-parameters).
+Keep = Callable[[int, np.ndarray, np.ndarray, "np.ndarray | None", Any], None]
+
+
+def _keeping(work: Work, t: int) -> Keep:
+    """How the states of a parameter are stored."""
+
+    def plainly(k: int, array: np.ndarray, values: np.ndarray, rows: np.ndarray | None, hyper: Any) -> None:
+        array[...] = _as_stored(array, values)
+
+    def by_chance(k: int, array: np.ndarray, values: np.ndarray, rows: np.ndarray | None, hyper: Any) -> None:
+        elements = np.arange(array.size).reshape(array.shape)
+        if rows is not None:
+            elements = rows[:, None] * array.shape[1] + np.arange(array.shape[1])
+        key = rounding.key_of(*np.asarray(hyper)[-2:], work.bound.found.addresses[t, -3])
+        array[...] = rounding.rounded(values, array.dtype, elements, key, k)
+
+    return by_chance if work.bound.stored.startswith("s") else plainly
+
+
+def _as_stored(array: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values from which an array rounds as the kernels do: half precision is made from float32."""
+    return values if array.dtype == np.float64 else values.astype(np.float32)
 
 
 def _apply_to_rows(
-    rule: Rule, rows: np.ndarray, values: np.ndarray, weight: np.ndarray, rest: Sequence[Any], hyper: Any
+    rule: Rule,
+    rows: np.ndarray,
+    values: np.ndarray,
+    weight: np.ndarray,
+    rest: Sequence[Any],
+    hyper: Any,
+    keep: Keep,
 ) -> None:
     """Apply a rule to some rows of a parameter, each of which is a row of `values` for its gradient."""
     whole = [None if array is None else _as_matrix(array) for array in (weight, *rest)]
     parts = [None if array is None else array[rows] for array in whole]
     grad = np.broadcast_to(values, parts[0].shape)  # type: ignore[union-attr]
-    _apply(rule, grad, parts[0], parts[1:], hyper)
+    _apply(rule, grad, parts[0], parts[1:], hyper, keep, rows)
     for array, part in zip(whole, parts, strict=True):
         if array is not None:
             array[rows] = part
@@ -303,19 +338,32 @@ def _as_matrix(array: np.ndarray) -> np.ndarray:
     return array.reshape(array.shape[0], math.prod(array.shape[1:]))
 
 
-def _apply(rule: Rule, grad: Any, weight: Any, rest: Sequence[Any], hyper: Any) -> None:
-    """Apply a rule to arrays: the weight, its states and perhaps its copy change in place."""
+def _apply(
+    rule: Rule,
+    grad: Any,
+    weight: Any,
+    rest: Sequence[Any],
+    hyper: Any,
+    keep: Keep,
+    rows: np.ndarray | None = None,
+) -> None:
+    """Apply a rule to arrays: the weight, its states and perhaps its copy change in place.
+
+    They may be some `rows` of the parameter's.
+    """
     real = np.float64 if weight.dtype == np.float64 else np.float32
-    h = tuple(np.asarray(hyper).astype(real))
+    h = tuple(np.asarray(hyper)[: 3 + rule.n_hyper].astype(real))
     w, *state = (array.astype(real) for array in (weight, *rest[: rule.n_state]))
     with np.errstate(all="ignore"):
         g = prepare(grad.astype(real), w, *h[:3])
         width = max(1, g.shape[-1]) if rule.per_row else 1
         reduced = (np.sum(np.square(g), axis=1, keepdims=True) / real(width),) if rule.per_row else ()
-        out = rule.function(w, g, *state, *reduced, *h[3:])
-        for array, new in zip((weight, *rest), (*out, out[0]), strict=False):
+        new, *states = rule.function(w, g, *state, *reduced, *h[3:])
+        for array in (weight, *rest[rule.n_state :]):
             if array is not None:
-                array[...] = new
+                array[...] = _as_stored(array, new)
+        for k, (array, values) in enumerate(zip(rest, states, strict=False)):
+            keep(k, array, values, rows, hyper)
 
 
 def flush(rule: Rule, work: Work, fused: bool) -> None:

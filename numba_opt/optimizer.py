@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 
 from . import arguments, cuda, cuda_arrays, device, execution, sparse
-from .kernels import ndarray, threads
+from .kernels import ndarray, rounding, threads
 from .lr_scheduler import LRScheduler
 
 __all__ = ["Optimizer", "create", "register"]
@@ -78,6 +78,17 @@ class Optimizer:
         row takes its steps later, when it is touched again or at `flush`. States are then
         ``(state, stamps)``, with one stamp for each row.
 
+    state_dtype : {"float32", "bfloat16", "float16"}, optional
+        The dtype of the states, as a name, a NumPy dtype or a torch dtype. Arithmetic is in the weight's
+        precision, at least float32; what is stored is rounded to nearest, ties to even. Default: the weight's
+        dtype, or float32 beside a float32 copy.
+    stochastic_rounding : bool, default False
+        Round states up or down by chance, each with the probability that makes it right on average, so that
+        changes too small for bfloat16 or float16 are not lost. `state_dtype` must be one of these.
+    seed : int, default 0
+        What the chance is drawn from, together with the parameter's index, the number of its updates and the
+        element's place: the same for any number of threads, and after a resume.
+
     Attributes
     ----------
     rule : callable
@@ -135,6 +146,9 @@ class Optimizer:
         use_fused_step: bool | None = None,
         lazy_update: bool = True,
         sparse_update: str = "lazy",
+        state_dtype: Any = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         if kwargs:
@@ -163,6 +177,15 @@ class Optimizer:
         self.sparse_update = arguments.choice("sparse_update", sparse_update, ("lazy", "dense", "exact"))
         if not lazy_update and sparse_update == "lazy":
             self.sparse_update = "dense"
+        if state_dtype is not None and device.name_of(state_dtype) not in device.STATE_DTYPES:
+            names = ", ".join(map(repr, device.STATE_DTYPES))
+            raise ValueError(f"state_dtype must be one of {names}, got {state_dtype!r}")
+        self.state_dtype = None if state_dtype is None else device.name_of(state_dtype)
+        self.stochastic_rounding = bool(stochastic_rounding)
+        if self.stochastic_rounding and self.state_dtype not in ("bfloat16", "float16"):
+            expected = "stochastic_rounding needs state_dtype='bfloat16' or 'float16'"
+            raise ValueError(f"{expected}, got state_dtype={state_dtype!r}")
+        self.seed = arguments.count("seed", seed, 0)
         self.lr_mult: dict[Index, float] = {}
         self.wd_mult: dict[Index, float] = {}
         self._history: dict[Index, execution.History] = {}
@@ -295,6 +318,21 @@ class Optimizer:
 
     # ---------------------------------------------------------------- states
 
+    @property
+    def _stored(self) -> str:
+        """How states are stored, as a code in layouts; empty: as their weight."""
+        if self.state_dtype is None:
+            return ""
+        code = device.STATE_DTYPES[self.state_dtype]
+        return f"s{code}" if self.stochastic_rounding and code != "f4" else code
+
+    def _numbers(self, indices: Sequence[Index]) -> tuple[int, ...]:
+        """What tells parameters apart where states are rounded by chance; nothing where they are not."""
+        if not self.stochastic_rounding:
+            return ()
+        plain = [int(i) if isinstance(i, (int, np.integer)) else repr(i) for i in indices]
+        return tuple(map(rounding.tensor_number, plain))
+
     def create_state(self, index: Index, weight: Any) -> Any:
         """The states of one parameter, all zero: None, an array, or a tuple of arrays.
 
@@ -303,12 +341,12 @@ class Optimizer:
         index : int
             The parameter's index.
         weight : array
-            The parameter. States have its shape and dtype; where `per_row` is set, shape ``(rows, 1)``.
+            The parameter. States have its shape, or ``(rows, 1)`` where `per_row` is set, and its dtype, or
+            `state_dtype` if that is given.
         """
         what = f"weight of {self._label(index)}"
         if device.on_cuda(weight):
-            if self.sparse_update != "lazy":
-                self._refuse_on_cuda(what)
+            self._check_on_cuda(what)
             array, zeros_like = cuda_arrays.look_at(weight, what), cuda_arrays.zeros_like
         else:
             array = weight = device.as_array(weight, what)
@@ -318,7 +356,8 @@ class Optimizer:
             if len(shape) != 2:
                 raise ValueError(f"{what} has shape {shape}; expected 2 dimensions")
             shape = (shape[0], 1)
-        zeros = tuple(zeros_like(weight, shape) for _ in self.state_names)
+        dtype = device.state_dtype(self._stored, array.dtype)
+        zeros = tuple(zeros_like(weight, shape, dtype) for _ in self.state_names)
         state = zeros if len(zeros) > 1 else zeros[0] if zeros else None
         if self.sparse_update == "exact":
             self._history.pop(index, None)  # a new state owes no steps
@@ -334,8 +373,9 @@ class Optimizer:
                 on_cuda = device.on_cuda(weight)
                 master = cuda_arrays.as_single(weight, what) if on_cuda else device.as_single(weight, what)
                 return master, self.create_state(index, master)
+            what = "states" if self.state_dtype is None else "weights"
             warnings.warn(
-                f"states in {dtype} can make training inaccurate or slow to converge; "
+                f"{what} in {dtype} can make training inaccurate or slow to converge; "
                 "multi_precision=True keeps float32 copies",
                 stacklevel=2,
             )
@@ -442,13 +482,13 @@ class Optimizer:
         """The step if all arrays are plain; False, and nothing done, if any needs a closer look."""
         if not indices or not ndarray.readable():
             return False
-        rule, size = self._rule(), (len(request.columns), len(indices))
+        rule, size = self._rule(), (len(request.columns), len(indices), request.stored, request.numbers)
         try:  # whoever takes it has it alone: other threads may use this optimizer
             kept, prepared = self._prepared.pop()
         except IndexError:
             kept = None
         if kept != (rule, size):
-            prepared = execution.Prepared(*size)
+            prepared = execution.Prepared(request)
         try:
             if not prepared.take(ndarray.objects(request.columns), request, rule):
                 return False
@@ -460,8 +500,7 @@ class Optimizer:
 
     def _step_on_cuda(self, request: device.Request, indices: Sequence[Index]) -> None:
         """The step of weights that are on GPUs."""
-        if self.sparse_update != "lazy":
-            self._refuse_on_cuda(request.label(0))
+        self._check_on_cuda(request.label(0))
         key = (tuple(indices), self._rule())
         prepared = self._prepared_on_cuda.setdefault(key, cuda.Prepared(self._rule()))
         prepared.take(request)
@@ -470,10 +509,13 @@ class Optimizer:
         for count in self._counting(plan):
             count()
 
-    def _refuse_on_cuda(self, what: str) -> None:
-        raise ValueError(
-            f"{what} is on a GPU, where sparse_update must be 'lazy'; got {self.sparse_update!r}"
-        )
+    def _check_on_cuda(self, what: str) -> None:
+        """Refuse what kernels on GPUs cannot do."""
+        if self.sparse_update != "lazy":
+            given = repr(self.sparse_update)
+            raise ValueError(f"{what} is on a GPU, where sparse_update must be 'lazy'; got {given}")
+        if self.stochastic_rounding:
+            raise ValueError(f"{what} is on a GPU, where stochastic_rounding must be False; got True")
 
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """What `update_multi_precision` would refuse, refused; nothing is changed."""
@@ -515,7 +557,8 @@ class Optimizer:
         """The steps that some rows of a parameter have yet to take."""
         if index not in self._history:
             real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-            self._history[index] = execution.History(3 + self._rule().n_hyper, real)
+            length = 3 + self._rule().n_hyper + 2 * self.stochastic_rounding
+            self._history[index] = execution.History(length, real)
         return self._history[index]
 
     def _take_sparse(self, request: device.Request) -> tuple[device.Request, dict[int, sparse.Parts]]:
@@ -564,7 +607,8 @@ class Optimizer:
         def label(t: int) -> str:
             return self._label(indices[t])
 
-        return device.Request(columns, self.state_names, self.per_row, label), stamps
+        request = device.Request(columns, self.state_names, self.per_row, label, stored=self._stored)
+        return request._replace(numbers=self._numbers(indices)), stamps
 
     def _masters(
         self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]
@@ -645,6 +689,8 @@ class Optimizer:
         """What a kernel gets for a parameter's `t`-th update."""
         clip = math.inf if self.clip_gradient is None else self.clip_gradient
         row = (rescale, clip, wd, *self.hyper(lr, t))
+        if self.stochastic_rounding:
+            row += rounding.step_numbers(self.seed, t)
         if not math.isfinite(rescale) or any(x != x for x in row):
             given = {"rescale_grad": rescale, "wd": wd, "clip_gradient": clip} | vars(self)
             bad = [f"{k}={v!r}" for k, v in given.items() if isinstance(v, float) and not math.isfinite(v)]

@@ -10,32 +10,33 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import adamax, arguments, contrib, execution, ftml, nag, optimizer, rmsprop
-from .kernels import threads
-from .torch_tensors import Batch, Counters, check_gradient, check_parameter
+from .torch_binding import Batch, Binding, Formula, Kind, Member
+from .torch_tensors import check_gradient, check_parameter, is_counter
 
 __all__ = ["FTML", "NAG", "Adamax", "GroupAdaGrad", "RMSProp"]
 
 Options = Mapping[str, Any]
 
+# How torch is to run its own optimizers. Ours have one way, which is all of these at once.
+WAYS = ("foreach", "fused")
+
+# What torch's optimizers can do and these cannot.
+REFUSED = {
+    "differentiable": "steps are not recorded for autograd",
+    "capturable": "steps are not captured in CUDA graphs",
+}
+
+KEPT = 8  # bindings, where gradients come and go
+
 ADDED_LATER = ("momentum_buffer", "mom")  # states that a parameter may lack: momentum begins at 0
-
-
-class Formula(NamedTuple):
-    """What a parameter group's options ask for."""
-
-    rule: execution.Rule
-    states: tuple[str, ...]  # what they are called in the optimizer's state
-    row: Callable[[float, int], tuple[float, ...]]  # hyper-parameters, from learning rate and update
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -53,7 +54,7 @@ class Optimizer(torch.optim.Optimizer):
         defaults = self._defaults(arguments.choice("formula", formula, ("torch", "mxnet")))
         given = _renamed({name: value for name, value in given.items() if value is not None}, formula)
         for name in given:
-            if name not in defaults:
+            if name not in (*defaults, *WAYS, *REFUSED):
                 raise TypeError(
                     f"{type(self).__name__}() with formula={formula!r} has no parameter {name!r}; "
                     f"it takes {', '.join(defaults)}"
@@ -61,7 +62,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, {**defaults, **given, "formula": formula})
 
     def _forget(self) -> None:
-        self._plan: Plan | None = None
+        self._bindings: dict[bytes, Binding] = {}  # by which parameters have no gradient
         self._formulas: list[tuple[Any, Formula]] = []  # of each group, with the options they are made of
 
     # ---------------------------------------------------------------- options
@@ -76,6 +77,12 @@ class Optimizer(torch.optim.Optimizer):
         shared = {*arguments.parameters(optimizer.Optimizer)} - {"wd", "rescale_grad", "clip_gradient"}
         own = {name: value for name, value in known.items() if name not in shared}
         return {"lr": known["learning_rate"], **own, "maximize": False}
+
+    @classmethod
+    @functools.cache
+    def _names(cls, formula: str) -> tuple[str, ...]:
+        """The options that a formula is made of. The learning rate changes often, and comes in later."""
+        return (*({*cls._defaults(formula)} - {"lr"}), "formula", *REFUSED)
 
     def _torch(self, group: Options) -> Formula:
         """torch's formula, or under torch's names this package's where torch has none."""
@@ -94,7 +101,7 @@ class Optimizer(torch.optim.Optimizer):
         def row(lr: float, t: int) -> tuple[float, ...]:
             return own._hyper_row(rescale, lr, own.wd, t)
 
-        return Formula(own._rule(), own.state_names, row)
+        return Formula(Kind(own._rule(), own.state_names, self.counted), row)
 
     def _made_of(
         self,
@@ -109,32 +116,30 @@ class Optimizer(torch.optim.Optimizer):
         def row(lr: float, t: int) -> tuple[float, ...]:
             return (*first, *hyper(lr, t))
 
-        return Formula(execution.Rule(rule, len(states), False), states, row)
+        return Formula(Kind(execution.Rule(rule, len(states), False), states, self.counted), row)
 
-    def _formula_of(self, group: Options) -> Formula:
+    def _formula_of(self, group: Options, expected: str) -> Formula:
         """The formula that a group's options ask for; all of them are checked."""
-        if group["formula"] != self.defaults["formula"]:
+        if group["formula"] != expected:
             raise ValueError(
-                f"formula of a parameter group is {group['formula']!r}; "
-                f"expected {self.defaults['formula']!r}, as the optimizer's"
+                f"formula of a parameter group is {group['formula']!r}; expected {expected!r}, "
+                "as the optimizer's"
             )
-        if group.get("differentiable"):
-            raise ValueError("differentiable must be False: steps are not recorded for autograd")
-        _number(group, "lr")
+        for name in REFUSED:
+            if group.get(name):
+                raise ValueError(f"{name} must be False, got {group[name]!r}: {REFUSED[name]}")
+        _rate(group)
         return self._mxnet(group) if group["formula"] == "mxnet" else self._torch(group)
 
     def _current(self) -> list[Formula]:
         """Each group's formula; options may have changed since the last step."""
-        names = [*self._defaults(self.defaults["formula"]), "formula", "differentiable"]
-        names.remove("lr")  # it changes at each step, and is asked for then
-        made = self._formulas if len(self._formulas) == len(self.param_groups) else []
-        current: list[tuple[Any, Formula]] = []
-        for number, group in enumerate(self.param_groups):
-            options = [group.get(name) for name in names]
-            if made and made[number][0] == options:
-                current.append(made[number])
-            else:
-                current.append((options, self._formula_of(group)))
+        known = self._formulas if len(self._formulas) == len(self.param_groups) else repeat((None, None))
+        chosen = self.defaults["formula"]
+        names = self._names(chosen)
+        current: list[Any] = []
+        for group, (options, formula) in zip(self.param_groups, known, strict=False):
+            now = list(map(group.get, names))
+            current.append((now, formula if now == options else self._formula_of(group, chosen)))
         self._formulas = current
         return [formula for _, formula in current]
 
@@ -145,9 +150,9 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            formula = self._formula_of(group)
+            formula = self._formula_of(group, self.defaults["formula"])
             for k, param in enumerate(group["params"]):
-                check_parameter(param, self._label(len(self.param_groups) - 1, k), formula.rule.per_row)
+                check_parameter(param, self._label(len(self.param_groups) - 1, k), formula.kind.rule.per_row)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -161,20 +166,16 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- as a value
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of an optimizer of this class or of torch's that has the same formula."""
-        for group in state_dict["param_groups"]:
-            self._formula_of({**self._defaults("torch"), "formula": "torch", **group})
-        super().load_state_dict(state_dict)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget()
-        super().__setstate__(state)
-        formula = self.defaults["formula"]
-        for group in self.param_groups:  # those of torch's optimizers lack what only this one has
-            for name, default in self._defaults(formula).items():
-                group.setdefault(name, default)
+        """Take over what was copied, pickled or loaded, perhaps from an optimizer of torch's."""
+        defaults = state.get("defaults") or self.defaults  # what is loaded has none
+        for group in state["param_groups"]:
             group.setdefault("formula", "torch")
+            for name, default in self._defaults(defaults["formula"]).items():
+                group.setdefault(name, default)
+            self._formula_of(group, defaults["formula"])
+        super().__setstate__(state)
+        self._forget()
 
     # ---------------------------------------------------------------- a step
 
@@ -197,170 +198,58 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         formulas = self._current()
-        rates = [_number(group, "lr") for group in self.param_groups]
+        rates = list(map(_rate, self.param_groups))
         params = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
         grads = list(map(attrgetter("grad"), params))
-        plan, self._plan = self._plan, None
-        if plan is None or not plan.holds(params, grads, formulas, self.state):
+        kinds = [formula.kind for formula in formulas]
+        absent = bytes(map(is_, grads, repeat(None)))
+        binding = self._bindings.pop(absent, None)  # until the step has been made
+        if binding is None or not binding.refresh(params, grads, kinds, self.state):
+            if binding is not None or len(self._bindings) >= KEPT:
+                self._bindings.clear()
             with torch.no_grad():
-                plan = self._make_plan(params, grads, formulas)
-        try:
-            jobs: list[threads.Job] = []
-            after: list[partial[Any]] = []
-            for part in plan.parts:
-                hyper, which = part.hyper(formulas, rates)
-                jobs += part.batch.jobs(hyper, which)
-                after += part.batch.write_back()
-                if part.counters is not None:
-                    jobs += part.counters.jobs()
-                torch.autograd.graph.increment_version(part.batch.params)
-            threads.run(jobs, after)
-        finally:
-            plan.let_go()
-        self._plan = plan
+                binding = self._bind(params, grads, kinds)
+        binding.step(formulas, rates)
+        self._bindings[absent] = binding
         return loss
 
-    def _make_plan(self, params: Sequence[Tensor], grads: Sequence[Any], formulas: Sequence[Formula]) -> Plan:
+    def _bind(self, params: Sequence[Tensor], grads: Sequence[Any], kinds: Sequence[Kind]) -> Binding:
         """Look at everything, make the states that are missing, and bind what belongs together."""
         places = [(g, k) for g, group in enumerate(self.param_groups) for k in range(len(group["params"]))]
-        seen: dict[int, int] = {}  # how many times a parameter has come already
-        members: dict[Any, list[int]] = {}
-        for at, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        turns: dict[int, int] = {}  # how many times a parameter has come already
+        members: dict[Any, list[Member]] = {}
+        for at, ((g, k), param, grad) in enumerate(zip(places, params, grads, strict=True)):
             if grad is not None:
-                formula, what = formulas[places[at][0]], self._label(*places[at])
-                check_parameter(param, what, formula.rule.per_row)
-                check_gradient(grad, param, f"gradient of {what}")
-                turn = seen[id(param)] = seen.get(id(param), -1) + 1
-                members.setdefault((formula.rule, formula.states, turn), []).append(at)
-        parts = []
-        for (rule, states, turn), positions in members.items():
-            labels = [self._label(*places[at]) for at in positions]
-            dicts = [
-                self._state_of(params[at], rule, states, what)
-                for at, what in zip(positions, labels, strict=True)
-            ]
-            batch = Batch(
-                rule,
-                states,
-                [params[at] for at in positions],
-                [grads[at] for at in positions],
-                [[state[name] for state in dicts] for name in states],
-                labels.__getitem__,
-            )
-            groups = [places[at][0] for at in positions]
-            counters = Counters([state["step"] for state in dicts]) if self.counted else None
-            part = Part(batch, states, positions, groups, dicts, turn, counters)
-            part.count()
-            parts.append(part)
-        absent = [grad is None for grad in grads]
-        kinds = [formula[:2] for formula in formulas]
-        return Plan(list(params), absent, kinds, list(self.state), list(self.state.values()), parts)
+                label = self._label(g, k)
+                check_parameter(param, label, kinds[g].rule.per_row)
+                check_gradient(grad, param, f"gradient of {label}")
+                turn = turns[id(param)] = turns.get(id(param), -1) + 1
+                member = Member(at, g, label, param, grad, self.state[param])
+                members.setdefault((kinds[g], turn), []).append(member)
+        for (kind, _), alike in members.items():
+            for member in alike:
+                self._complete(member, kind)
+        batches = [Batch(kind, alike, turn) for (kind, turn), alike in members.items()]
+        return Binding(params, kinds, self.state, batches)
 
-    def _state_of(
-        self, param: Tensor, rule: execution.Rule, states: Sequence[str], what: str
-    ) -> dict[str, Any]:
-        """A parameter's state, made if there is none."""
-        state = self.state[param]
-        names = ("step", *states) if self.counted else states
+    def _complete(self, member: Member, kind: Kind) -> None:
+        """Make what a parameter's state lacks."""
+        state, param = member.state, member.param
+        names = ("step", *kind.states) if kind.counted else kind.states
         lacking = [name for name in names if state.get(name) is None]
         if any(name in state for name in names):
             for name in lacking:
                 if name not in ADDED_LATER:
-                    raise ValueError(f"state of {what} holds {', '.join(state)}; expected {', '.join(names)}")
+                    held, expected = ", ".join(state), ", ".join(names)
+                    raise ValueError(f"state of {member.label} holds {held}; expected {expected}")
         for name in lacking:
             if name == "step":
                 state[name] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             else:
-                like = param[:, :1] if rule.per_row else param
+                like = param[:, :1] if kind.rule.per_row else param
                 state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
-        step = state.get("step")
-        if self.counted and not Counters.fit(step):
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")  # old checkpoints
-        return state
-
-
-class Plan(NamedTuple):
-    """What is kept from step to step as long as it holds."""
-
-    params: list[Tensor]
-    absent: list[bool]  # gradients
-    kinds: list[tuple[Any, ...]]  # each group's rule and states; schedulers may change its numbers
-    keys: list[Any]  # of the optimizer's state
-    states: list[Any]
-    parts: list[Part]
-
-    def holds(
-        self, params: list[Tensor], grads: list[Any], formulas: list[Formula], state: Mapping[Any, Any]
-    ) -> bool:
-        """Whether these are the objects that the plan was made for; brings it to where they lie now."""
-        return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and [grad is None for grad in grads] == self.absent
-            and len(state) == len(self.keys)
-            and all(map(is_, state, self.keys))
-            and all(map(is_, state.values(), self.states))
-            and [formula[:2] for formula in formulas] == self.kinds
-            and all(part.refresh(grads) for part in self.parts)
-        )
-
-    def let_go(self) -> None:
-        """Forget the gradients."""
-        for part in self.parts:
-            part.batch.let_go()
-
-
-class Part:
-    """Parameters with the same rule, each of them once."""
-
-    def __init__(
-        self,
-        batch: Batch,
-        states: Sequence[str],
-        positions: list[int],
-        groups: list[int],
-        dicts: list[dict[str, Any]],
-        turn: int,
-        counters: Counters | None,
-    ) -> None:
-        self.batch, self.states, self.dicts = batch, states, dicts
-        self.positions, self.groups = positions, groups
-        self.different = list(dict.fromkeys(groups))
-        self.which = np.array([self.different.index(g) for g in groups])
-        self.turn = turn  # how many times its parameters come before, in a parameter list with duplicates
-        self.counters = counters
-        self.counts: list[float] = [0.0] * len(groups)
-
-    def refresh(self, grads: Sequence[Any]) -> bool:
-        """Bring everything to where it is now; False if something needs a closer look."""
-        try:
-            columns = [list(map(itemgetter(name), self.dicts)) for name in self.states]
-            return self.batch.refresh([grads[at] for at in self.positions], columns) and self.count()
-        except (KeyError, TypeError, RuntimeError):  # a state is missing, or no tensor, or without memory
-            return False
-
-    def count(self) -> bool:
-        """Read how many updates there have been; False if that is not kept where it was."""
-        if self.counters is None:
-            return True
-        if not self.counters.refresh(list(map(itemgetter("step"), self.dicts))):
-            return False
-        self.counts = self.counters.counts
-        if not all(map((0.0).__le__, self.counts)):
-            raise ValueError(f"state 'step' must be a number >= 0, got {min(self.counts)}")
-        return True
-
-    def hyper(self, formulas: Sequence[Formula], rates: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of hyper-parameters that differ, and each parameter's row."""
-        if len(set(self.counts)) == 1:  # the usual case, and quick
-            keys, which = [(g, self.counts[0]) for g in self.different], self.which
-        else:
-            rows: dict[tuple[int, float], int] = {}
-            pairs = zip(self.groups, self.counts, strict=True)
-            which = np.array([rows.setdefault(pair, len(rows)) for pair in pairs])
-            keys = list(rows)
-        first = 1 + self.turn
-        return np.array([formulas[g].row(rates[g], int(count) + first) for g, count in keys]), which
+        if kind.counted and not is_counter(state["step"]):  # as old checkpoints have it
+            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
 
 
 def _renamed(options: Options, formula: str) -> dict[str, Any]:
@@ -372,13 +261,18 @@ def _renamed(options: Options, formula: str) -> dict[str, Any]:
 
 
 def _number(group: Options, name: str, below: float = math.inf) -> float:
-    """An option as a number of at least 0; it may be a tensor that holds one."""
-    value = group[name]
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must hold one number, got a tensor of shape {tuple(value.shape)}")
-        value = value.item()
-    return arguments.number(name, value, below=below)
+    """An option as a number of at least 0."""
+    return arguments.number(name, group[name], below=below)
+
+
+def _rate(group: Options) -> float:
+    """The learning rate; it may be a tensor that holds it."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return arguments.number("lr", lr)
+    if lr.numel() != 1:
+        raise ValueError(f"lr must hold one number, got a tensor of shape {tuple(lr.shape)}")
+    return arguments.number("lr", lr.item())
 
 
 def _pair(group: Options) -> tuple[float, float]:
@@ -414,7 +308,8 @@ class NAG(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         "mxnet" is the formula of `numba_opt.NAG`, with that class's options and state.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------
@@ -509,7 +404,8 @@ class RMSProp(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         "mxnet" is the formula of `numba_opt.RMSProp`, with that class's options and states.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------
@@ -609,7 +505,8 @@ class Adamax(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         "mxnet" is the formula of `numba_opt.Adamax`, with that class's options and states.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------
@@ -683,7 +580,8 @@ class FTML(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         Whether options have torch's names or those of `numba_opt.FTML`. The formula is the same.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------
@@ -755,7 +653,8 @@ class GroupAdaGrad(Optimizer):
     formula : {"torch", "mxnet"}, default "torch"
         Whether options have torch's names or those of `numba_opt.GroupAdaGrad`. The formula is the same.
     **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``.
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
 
     Raises
     ------

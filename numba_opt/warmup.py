@@ -27,6 +27,7 @@ import numpy as np
 from numba.core import event
 
 from . import cuda_arrays, device, interrupts
+from .ftml import FTML
 from .kernels import cache, cpu, merge, ndarray, threads
 from .nag import NAG
 from .optimizer import Optimizer, create
@@ -38,6 +39,7 @@ __all__ = ["Summary", "warmup"]
 VARIANTS: dict[type[Optimizer], tuple[dict[str, Any], ...]] = {
     NAG: ({}, {"momentum": 0}),
     RMSProp: ({}, {"centered": True}),
+    FTML: ({}, {"reduced": True}),
 }
 
 CODES = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "b2"}
@@ -198,11 +200,7 @@ def _codes(dtypes: Any) -> list[str]:
     several = isinstance(dtypes, Iterable) and not isinstance(dtypes, (str, np.dtype, type))
     codes = []
     for dtype in dtypes if several else [dtypes]:
-        name = dtype
-        if not isinstance(dtype, str):
-            with contextlib.suppress(TypeError):
-                name = np.dtype(dtype).name
-        name = str(name).removeprefix("torch.")
+        name = device.name_of(dtype)
         if name not in CODES:
             raise ValueError(f"dtypes must be among {', '.join(CODES)}, got {dtype!r}")
         codes.append(CODES[name])
@@ -255,7 +253,7 @@ def _kernels(variants: Sequence[Variant], codes: Sequence[str], sparse: bool) ->
 def _of_rule(optimizer: Optimizer, code: str, copied: bool, sparse: bool) -> Iterator[Kernel]:
     """The kernels of an optimizer for weights of some dtype, perhaps with float32 copies."""
     rule = optimizer._rule()
-    own, grads = _stored(rule.n_state, code, copied)
+    own, grads = _stored(optimizer, code, copied)
     for grad in grads:
         yield Kernel("dense", (*rule, f"{grad} {own}"))
     if sparse and optimizer.sparse_update != "dense":
@@ -264,10 +262,10 @@ def _of_rule(optimizer: Optimizer, code: str, copied: bool, sparse: bool) -> Ite
             yield Kernel("rows", (*rule, own, form, exact))
 
 
-def _stored(n_state: int, code: str, copied: bool) -> tuple[str, Sequence[str]]:
+def _stored(optimizer: Optimizer, code: str, copied: bool) -> tuple[str, Sequence[str]]:
     """How a weight of some dtype is stored with its states and perhaps a copy, and its possible gradients."""
-    copy = [code] if copied else []
-    own = " ".join(["f4" if copied else code] * (1 + n_state) + copy)
+    copy, weight = ([code], "f4") if copied else ([], code)
+    own = " ".join([weight, *[optimizer._stored or weight] * optimizer._rule().n_state, *copy])
     return own, device.gradients_for("f4", *copy) if copied else [code]
 
 
@@ -281,12 +279,12 @@ def cuda_kernels(
         for code in codes:
             yield from (("row_squares", "f8" if code == "f8" else "f4", form) for form in _forms(code))
     for optimizer, masters in variants:
-        if optimizer.rule is None:
+        if optimizer.rule is None or optimizer.stochastic_rounding:
             continue
         rule = optimizer._rule()
         for code in codes:
             for copied in masters if code in HALF else (False,):
-                own, grads = _stored(rule.n_state, code, copied)
+                own, grads = _stored(optimizer, code, copied)
                 yield from (("dense", *rule, f"{grad} {own}") for grad in grads)
                 if sparse and optimizer.sparse_update == "lazy":
                     yield from (("rows", *rule, own, form) for form in _forms(code))

@@ -23,6 +23,7 @@ from .workloads import Workload
 UPDATE, STEP = "numba_opt update", "numba_opt step"
 TRAINER, FRESH = "numba_opt Trainer", "numba_opt Trainer, fresh gradients"
 REDUCED, SMALL_STATES = "numba_opt Trainer, reduced", "numba_opt Trainer, bfloat16 states"
+BY_CHANCE = "numba_opt Trainer, bfloat16 states by chance"
 SPARSE, CSR, EXACT, ONCE = (
     "numba_opt RowSparse",
     "numba_opt CSR",
@@ -58,6 +59,7 @@ COMPETITORS = [
     Competitor(STEP, "numba_opt", {"step": partial(ours.update, fused=False)}, most=LARGE),
     Competitor(REDUCED, "numba_opt", {"step": ours.reduced}),
     Competitor(SMALL_STATES, "numba_opt", {"step": ours.small_states}),
+    Competitor(BY_CHANCE, "numba_opt", {"step": partial(ours.small_states, chance=True)}),
     Competitor("numba_opt", "numba_opt", {"save": ours.save, "load": ours.load, "start": ours.start}),
     Competitor(SPARSE, "numba_opt", {"rows": ours.rows}),
     Competitor(CSR, "numba_opt", {"rows": partial(ours.rows, form="csr")}),

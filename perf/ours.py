@@ -65,9 +65,10 @@ def reduced(workload: Workload) -> Runner | None:
     return trainer(workload, reduced=True) if workload.rule == "ftml" and _usual(workload) else None
 
 
-def small_states(workload: Workload) -> Runner | None:
-    """float32 weights with states in bfloat16."""
-    return trainer(workload, state_dtype="bfloat16") if _usual(workload) else None
+def small_states(workload: Workload, chance: bool = False) -> Runner | None:
+    """float32 weights with states in bfloat16, rounded to nearest or by chance."""
+    options = {"state_dtype": "bfloat16", "stochastic_rounding": chance}
+    return trainer(workload, **options) if _usual(workload) else None
 
 
 def _usual(workload: Workload) -> bool:

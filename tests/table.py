@@ -40,7 +40,12 @@ def adamax(w, g, lr, t, mean, var, *, beta1=0.9, beta2=0.999, epsilon=1e-8):
     return w - lr / (1 - beta1**t) * mean / (var + epsilon), mean, var
 
 
-def ftml(w, g, lr, t, d, v, z, *, beta1=0.6, beta2=0.999, epsilon=1e-8):
+def ftml(w, g, lr, t, *states, beta1=0.6, beta2=0.999, epsilon=1e-8, reduced=False):
+    if reduced:
+        v = beta2 * states[0] + (1 - beta2) * g**2
+        d = (1 - beta1**t) / lr * (np.sqrt(v / (1 - beta2**t)) + epsilon)
+        return w - (1 - beta1) * g / d, v
+    d, v, z = states
     v = beta2 * v + (1 - beta2) * g**2
     d_next = (1 - beta1**t) / lr * (np.sqrt(v / (1 - beta2**t)) + epsilon)
     z = beta1 * z + (1 - beta1) * g - (d_next - beta1 * d) * w
@@ -72,6 +77,7 @@ TABLE = [
     Row("rmsprop-clipweights", numba_opt.RMSProp, {"clip_weights": 0.5}, 1, 0.001, rmsprop, "sqrt div"),
     Row("adamax", numba_opt.Adamax, {}, 2, 0.002, adamax, "div"),
     Row("ftml", numba_opt.FTML, {}, 3, 0.0025, ftml, "sqrt div"),
+    Row("ftml-reduced", numba_opt.FTML, {"reduced": True}, 1, 0.0025, ftml, "sqrt div"),
     Row("groupadagrad", numba_opt.GroupAdaGrad, {}, 1, 0.01, groupadagrad, "div"),
 ]
 

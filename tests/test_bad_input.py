@@ -357,7 +357,7 @@ def hyper_parameters():
 
 def test_every_number_is_tried():
     """A new optimizer's hyper-parameter must come into RANGES."""
-    flags = {"use_fused_step", "multi_precision", "centered", "kwargs"}
+    flags = {"use_fused_step", "multi_precision", "centered", "reduced", "kwargs"}
     names = {name for row in table.TABLE for name in inspect.signature(row.cls).parameters}
     assert names - flags <= set(RANGES)
 

@@ -135,7 +135,8 @@ def test_every_row_and_option_is_there():
     for row in table.TABLE:
         assert {(row.cls.__name__, "learning_rate"), (row.cls.__name__, "clip_gradient")} <= seen
         assert (row.cls.__name__, "rescale_grad") in seen
-        assert all((row.cls.__name__, option) in seen for option in row.kwargs)
+        # MXNet has no reduced FTML; test_ftml.py holds its weights against those of the usual one
+        assert all((row.cls.__name__, option) in seen for option in row.kwargs if option != "reduced")
 
 
 # ---------------------------------------------------------------- where MXNet is odd, one by one

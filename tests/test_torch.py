@@ -21,6 +21,7 @@ from . import table
 torch = pytest.importorskip("torch")
 
 import numba_opt.torch as front  # noqa: E402
+from numba_opt import torch_tensors  # noqa: E402
 from numba_opt.torch_tensors import check_gradient  # noqa: E402
 
 # Ours, torch's, and options that make them the same.
@@ -286,6 +287,8 @@ SCHEDULERS = {
     "LinearLR": {"total_iters": 4},
     "PolynomialLR": {"total_iters": 6},
     "LambdaLR": {"lr_lambda": lambda t: 1 / (1 + t)},
+    "ConstantLR": {"total_iters": 3},
+    "MultiplicativeLR": {"lr_lambda": lambda t: 0.9},
     "OneCycleLR": {"max_lr": 0.1, "total_steps": 10},
     "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 2},
 }
@@ -310,7 +313,7 @@ def test_schedulers(ours, theirs, options, name):
         two.step()
         for scheduler in schedulers:
             scheduler.step()
-        plans.append(one._plan)
+        plans.append(list(one._bindings.values()))
     assert plans[1:] == [plans[1]] * 7  # nothing is bound anew because an option changes
     near(a, b, rtol=2e-5, atol=3e-6)
 
@@ -495,6 +498,73 @@ def test_dtype_changes_on_the_way():
     assert content(optimizer) == before
 
 
+def test_gradients_that_come_and_go_are_bound_once():
+    a, b = parameters([(4,), (3, 2), (5,)])
+    one, two = front.RMSProp(a), torch.optim.RMSprop(b)
+    kept = []
+    for k in range(12):
+        give(k, a, b)
+        for ps in (a, b):
+            if k % 3:
+                ps[k % 3].grad = None
+        one.step()
+        two.step()
+        kept.append(set(map(id, one._bindings.values())))
+    near(a, b, rtol=2e-5, atol=3e-6)
+    assert len(kept[-1]) == 3
+    assert kept[6:] == [kept[6]] * 6
+
+
+def test_few_bindings_are_kept():
+    a, b = parameters([(2,)] * 12)
+    one, two = front.NAG(a), front.NAG(b)
+    for k in range(24):
+        give(k, a, b)
+        a[k % 12].grad = b[k % 12].grad = None
+        one.step()
+        two._forget()
+        two.step()
+    assert len(one._bindings) <= 8
+    near(a, b, rtol=0, atol=0)
+
+
+def test_tensors_without_dlpacks_c_functions(monkeypatch):
+    """torch before 2.10: tensors are asked one by one."""
+    monkeypatch.setattr(torch_tensors, "_asker", lambda: None)
+    test_whatever_is_moved_or_replaced_is_found(front.RMSProp, torch.optim.RMSprop, {})
+    test_sparse_gradients(front.Adamax, "Embedding", False)
+    test_storages_that_were_freed_or_shrunk()
+    test_gradients_that_turn_negative_where_they_lie()
+    test_gradients_are_let_go()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no such functions"
+)
+def test_tensors_with_them():
+    assert torch_tensors._asker()
+
+
+def test_parameters_that_are_swapped():
+    """As `torch.utils.swap_tensors` and ``load_state_dict(assign=True)`` do, and gradients between them."""
+    a, b = parameters([(4, 3), (4, 3)])
+    one, two = front.RMSProp(a), torch.optim.RMSprop(b)
+    others = [torch.nn.Parameter(torch.full((4, 3), 2.0)) for _ in range(2)]
+    for k in range(4):
+        give(k, a, b, others and [others[0], others[0]])
+        for ps, other in zip((a, b), others, strict=True):
+            if k == 1:
+                ps[0].grad, ps[1].grad = ps[1].grad, ps[0].grad
+            elif k == 2:
+                other.grad = ps[0].grad.clone()
+                torch.utils.swap_tensors(ps[0], other)
+            elif k == 3:
+                ps[0].requires_grad_(False)
+        one.step()
+        two.step()
+    near(a, [q.requires_grad_(p.requires_grad) for p, q in zip(a, b, strict=True)], rtol=2e-5, atol=3e-6)
+
+
 def test_gradients_are_let_go():
     """Between steps an optimizer keeps no gradient alive, and changes none."""
     (a,) = parameters([(40, 3)], copies=1)
@@ -641,6 +711,51 @@ def test_shared_memory_is_refused():
         with pytest.raises(ValueError, match=message):
             optimizer.step()
         near([p.detach() for p in params], before, rtol=0, atol=0)
+
+
+def test_storages_that_were_freed_or_shrunk():
+    """As FSDP frees them between steps; the tensors are the same objects, with the same shapes."""
+    for of in (
+        lambda p, state: p,
+        lambda p, state: p.grad,
+        lambda p, state: state["square_avg"],
+        lambda p, state: state["step"],
+    ):
+        a, _ = parameters([(40, 3), (7,)])
+        optimizer = front.RMSProp(a)
+        give(0, a)
+        optimizer.step()
+        storage = of(a[0], optimizer.state[a[0]]).untyped_storage()
+        size = storage.nbytes()
+        before = content(optimizer)
+        kept = torch.tensor(list(storage), dtype=torch.uint8)
+        for less in (0, size // 2):
+            storage.resize_(less)
+            with pytest.raises(ValueError, match=rf"of parameter 0 needs {size} bytes of its storage"):
+                optimizer.step()
+        storage.resize_(size)
+        torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,)).copy_(kept)
+        assert content(optimizer) == before
+        optimizer.step()
+        assert content(optimizer) != before
+
+
+def test_gradients_that_turn_negative_where_they_lie():
+    a, b = parameters([(5, 4)])
+    one, two = front.NAG(a), front.NAG(b)
+    give(0, a, b)
+    for turned in (False, True, False):
+        grad = b[0].grad.clone()
+        a[0].grad = torch._neg_view(a[0].grad.clone()) if turned else a[0].grad.resolve_neg()
+        b[0].grad = -grad if turned else grad
+        one.step()
+        a[0].grad = b[0].grad.clone()
+        two.step()
+    grad = a[0].grad
+    a[0].grad, b[0].grad = torch._neg_view(grad), -grad  # at the very address of the last step's
+    one.step()
+    two.step()
+    near(a, b, rtol=0, atol=0)
 
 
 def test_what_begins_to_overlap_is_refused():
@@ -817,6 +932,7 @@ def test_bad_options():
         (front.RMSProp, {"lr": "fast"}, TypeError, "lr must be"),
         (front.RMSProp, {"lr": torch.ones(2)}, ValueError, "lr must hold one number"),
         (front.RMSProp, {"alpha": -0.1}, ValueError, "alpha must be"),
+        (front.RMSProp, {"alpha": torch.tensor(0.9)}, TypeError, "alpha must be"),
         (front.RMSProp, {"eps": -1}, ValueError, "eps must be"),
         (front.RMSProp, {"momentum": -1}, ValueError, "momentum must be"),
         (front.RMSProp, {"weight_decay": -1}, ValueError, "weight_decay must be"),
@@ -850,6 +966,46 @@ def test_bad_options():
         front.GroupAdaGrad([torch.zeros(3)])
 
 
+@each_class
+def test_how_torch_runs_its_own(cls):
+    """Arguments of torch's optimizers that only say how they are run."""
+    a, b = parameters([(3, 2)])
+    give(0, a, b)
+    cls(a, foreach=True, fused=None, capturable=False, differentiable=False).step()
+    cls([{"params": b, "foreach": False}], fused=True).step()
+    near(a, b, rtol=0, atol=0)
+    for name in ("capturable", "differentiable"):
+        with pytest.raises(ValueError, match=f"{name} must be False, got True"):
+            cls(a, **{name: True})
+
+
+def test_hooks_of_checkpoints():
+    """What a hook makes of a state that is loaded is what counts."""
+    a, b = parameters([(3, 2)])
+    one, two = front.RMSProp(a), front.RMSProp(b, alpha=0.5)
+    give(0, a)
+    one.step()
+    state = one.state_dict()
+    state["param_groups"][0]["alpha"] = "0.9"
+    with pytest.raises(TypeError, match="alpha must be"):
+        two.load_state_dict(state)
+    assert two.param_groups[0]["alpha"] == 0.5
+    assert not two.state
+    calls = []
+
+    def repaired(optimizer, given):
+        return given | {"param_groups": [group | {"alpha": 0.9} for group in given["param_groups"]]}
+
+    two.register_load_state_dict_pre_hook(repaired)
+    two.register_load_state_dict_post_hook(lambda optimizer: calls.append("loaded"))
+    two.register_state_dict_post_hook(lambda optimizer, given: calls.append("saved"))
+    two.load_state_dict(state)
+    two.state_dict()
+    assert calls == ["loaded", "saved"]
+    assert two.param_groups[0]["alpha"] == 0.9
+    assert torch.equal(two.state[b[0]]["square_avg"], one.state[a[0]]["square_avg"])
+
+
 def test_bad_options_later():
     """What schedulers and users write into groups is checked before anything changes."""
     a, _ = parameters([(4,), (3,)])
@@ -878,12 +1034,16 @@ def test_bad_states():
     for change, error, message in (
         ({"square_avg": torch.zeros(4)}, ValueError, r"state 'square_avg' of parameter 0 has shape \(4,\)"),
         ({"square_avg": torch.zeros(4, 3).double()}, TypeError, "is torch.float64; expected torch.float32"),
-        ({"square_avg": torch.zeros(4, 3, device="meta")}, ValueError, "expected torch.strided on the CPU"),
+        ({"square_avg": torch.zeros(4, 3, device="meta")}, ValueError, "is on meta; expected cpu, as its"),
         ({"square_avg": np.zeros((4, 3))}, TypeError, "is ndarray; expected a tensor"),
         ({"square_avg": torch.zeros(1, 3).expand(4, 3)}, ValueError, "has elements that share memory"),
         ({"square_avg": a[0].detach()}, ValueError, "shares memory with"),
         ({"square_avg": None}, ValueError, "state of parameter 0 holds step, square_avg; expected step"),
-        ({"step": torch.tensor(-1.0)}, ValueError, "state 'step' must be a number >= 0, got -1.0"),
+        (
+            {"step": torch.tensor(-1.0)},
+            ValueError,
+            "state 'step' of parameter 0 must be a finite number >= 0",
+        ),
     ):
         optimizer.state[a[0]].update(change)
         before = a[0].detach().clone()
@@ -924,7 +1084,7 @@ def test_gradients_that_torch_does_not_let_in():
         warnings.simplefilter("ignore")  # they are in beta
         compressed = torch.ones(4, 3).to_sparse_csr()
     for grad, error, message in (
-        (torch.zeros(4, 3, device="meta"), ValueError, "gradient is on meta; expected the CPU"),
+        (torch.zeros(4, 3, device="meta"), ValueError, "gradient is on meta; expected cpu, as its parameter"),
         (
             compressed,
             TypeError,

@@ -136,6 +136,7 @@ for cls, options in (
     (numba_opt.RMSProp, {"centered": True}),
     (numba_opt.Adamax, {}),
     (numba_opt.FTML, {}),
+    (numba_opt.FTML, {"reduced": True}),
     (numba_opt.GroupAdaGrad, {}),
 ):
     numbers.append(train(cls(**options), "float32"))

@@ -6,10 +6,12 @@ the next chunk until none is left. So tensors of any sizes share the threads eve
 a slower one to take its turn, and the result does not depend on who did what.
 
 A table has a row of uint64 for each tensor: the addresses of its gradient, of its weight, of each state
-and of the copy of the weight in half precision (0 where there is none), then the length of its rows, and
-the number of its row of hyper-parameters. Those are reals: ``rescale, clip, wd`` and then the rule's own.
+and of the copy of the weight in half precision (0 where there is none), then a number that stands for the
+tensor, the length of its rows, and the number of its row of hyper-parameters. Those are reals: ``rescale,
+clip, wd``, the rule's own, and where chance plays a part two that stand for the step.
 How the elements behind the addresses are stored is the table's layout, one code for each array, such as
-``"f2 f4 f4 f2"``: a float16 gradient and copy, a float32 weight and state.
+``"f2 f4 b2 f2"``: a float16 gradient and copy, a float32 weight, a bfloat16 state (``"sb2"``: rounded
+stochastically).
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from numba.np.numpy_support import from_dtype
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from . import cache
-from .elements import add, fetch_add, load, pointers, prefetch, prepare, store
+from .elements import add, fetch_add, load, pointers, prefetch, prepare, store, store_by_chance
 from .merge import BAD, GOOD, UNSORTED
+from .rounding import key_of
 from .threads import CHUNK
 
 # Lines too long for the caches are fetched ahead by hand: the processor's own prefetching does not hide the
@@ -80,27 +83,53 @@ def compute_dtype(weight: str) -> np.dtype:
     return np.dtype("f8" if weight == "f8" else "f4")
 
 
+def _keeping(layout: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """How states are stored, and the key that it takes: ``keep(states, i, values, key(hyper, tensor))``."""
+
+    @register_jitable
+    def plainly(states, i, values, key):
+        store(states, i, values)
+
+    @register_jitable
+    def by_chance(states, i, values, key):
+        store_by_chance(states, i, values, key)
+
+    @register_jitable
+    def no_key(hyper, tensor):
+        return np.uint32(0)
+
+    @register_jitable
+    def key(hyper, tensor):
+        return key_of(hyper[-2], hyper[-1], tensor)
+
+    return (by_chance, key) if "s" in layout else (plainly, no_key)
+
+
 def _element_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
     """A loop over a range of elements of one tensor."""
     rule = register_jitable(rule)  # not njit: a dispatcher's random id would defeat the disk cache
     n_array = len(layout.split())
+    real = compute_dtype(layout.split()[1]).type
     end = 2 + n_state  # of what is read; a copy may follow, which is written
     n_hyper = 3 + rule.__code__.co_argcount - end
+    keep, key_for = _keeping(layout)
 
     @register_jitable
     def span(entry, hyper, start, stop, chunk, far):
         array = pointers(to_fixed_tuple(entry, n_array), layout)
         h = to_fixed_tuple(hyper[entry[-1]], n_hyper)
+        key = key_for(hyper[entry[-1]], entry[-3])
         for first in range(start, stop, BLOCK):
             if far:
                 for i in range(np.uintp(first + AHEAD), np.uintp(first + AHEAD + BLOCK), LINE):
                     prefetch(array, i)
             # an index that may be negative won't vectorise
             for i in range(np.uintp(first), np.uintp(min(first + BLOCK, stop))):
-                value = load(array[:end], i)
+                value = load(array[:end], i, real)
                 grad = prepare(value[0], value[1], h[0], h[1], h[2])
                 out = rule(value[1], grad, *value[2:], *h[3:])
-                store(array[1:end], i, out)
+                store(array[1:2], i, out)
+                keep(array[2:end], i, out[1:], key)
                 store(array[end:], i, out)
 
     return span
@@ -119,54 +148,57 @@ def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[.
             if far:
                 for i in range(np.uintp(r * width + AHEAD), np.uintp((r + 1) * width + AHEAD), LINE):
                     prefetch(array[:2], i)
-            row(array, hyper[entry[-1]], width, r, r)
+            row(array, hyper[entry[-1]], entry[-3], width, r, r)
 
     return span
 
 
 def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) -> Callable[..., Any]:
-    """One row's update: ``row(array, hyper, width, r, at)`` takes row `at` of the gradient to row `r`.
+    """One row's update: ``row(array, hyper, tensor, width, r, at)`` takes the gradient's row `at` to row `r`.
 
     With `per_row` its mean square comes first, then its elements; the states are one number each.
     """
     rule = register_jitable(rule)
-    real = compute_dtype(layout.split()[1])
+    real = compute_dtype(layout.split()[1]).type
     end = 2 + n_state
     n_hyper = 3 + rule.__code__.co_argcount - end - (1 if per_row else 0)
+    keep, key_for = _keeping(layout)
 
     @register_jitable
-    def element_row(array, hyper, width, r, at):
+    def element_row(array, hyper, tensor, width, r, at):
         h = to_fixed_tuple(hyper, n_hyper)
+        key = key_for(hyper, tensor)
         first, source = np.uintp(r * width), np.uintp(at * width)
         for j in range(np.uintp(width)):
-            grad = load(array[:1], source + j)
-            value = load(array[1:end], first + j)
+            grad = load(array[:1], source + j, real)
+            value = load(array[1:end], first + j, real)
             grad = prepare(grad[0], value[0], h[0], h[1], h[2])
             out = rule(value[0], grad, *value[1:], *h[3:])
-            store(array[1:end], first + j, out)
+            store(array[1:2], first + j, out)
+            keep(array[2:end], first + j, out[1:], key)
             store(array[end:], first + j, out)
 
     @register_jitable
-    def reduced_row(array, hyper, width, r, at):
+    def reduced_row(array, hyper, tensor, width, r, at):
         h = to_fixed_tuple(hyper, n_hyper)
         first, source = np.uintp(r * width), np.uintp(at * width)
-        state = new = load(array[2:end], np.uintp(r))
-        total = real.type(0)
+        state = new = load(array[2:end], np.uintp(r), real)
+        total = real(0)
         for j in range(np.uintp(width)):
-            grad = load(array[:1], source + j)
-            weight = load(array[1:2], first + j)
+            grad = load(array[:1], source + j, real)
+            weight = load(array[1:2], first + j, real)
             grad = prepare(grad[0], weight[0], h[0], h[1], h[2])
             total = add(total, grad * grad)
-        mean_square = total / real.type(width)
+        mean_square = total / real(width)
         for j in range(np.uintp(width)):
-            grad = load(array[:1], source + j)
-            weight = load(array[1:2], first + j)
+            grad = load(array[:1], source + j, real)
+            weight = load(array[1:2], first + j, real)
             grad = prepare(grad[0], weight[0], h[0], h[1], h[2])
             out = rule(weight[0], grad, *state, mean_square, *h[3:])
             store(array[1:2], first + j, out[:1])
             store(array[end:], first + j, out[:1])
             new = out[1:]
-        store(array[2:end], np.uintp(r), new)
+        keep(array[2:end], np.uintp(r), new, key_for(hyper, tensor))
 
     return reduced_row if per_row else element_row
 
@@ -180,7 +212,7 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     gradient's numbers, of the touched rows' numbers, of where each one's parts begin, of the parts' places,
     and of the rows' stamps; how many steps have been recorded, how many rows are touched, and the bytes of a
     place; then come the weight, the states and perhaps the copy,
-    the length of rows and the first row of hyper-parameters.
+    the tensor's number, the length of rows and the first row of hyper-parameters.
 
     The form says what a part is: ``"block f4"``, a whole row at some place of a block of float32 (without
     places: each touched row has one part, at its own number); ``"csr f4"``, a number with its column;
@@ -272,13 +304,13 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
                 prefetch(rest[wide:], first)
             if exact:
                 for q in range(load(stamps, np.uintp(r))[0], recorded):
-                    step(empty, hyper[row + q], width, r, 0)
+                    step(empty, hyper[row + q], entry[-3], width, r, 0)
                 store(stamps, np.uintp(r), (recorded + 1,))
             if block and code == number and entry[2] == 0:
-                step(direct, hyper[row + recorded], width, r, k)
+                step(direct, hyper[row + recorded], entry[-3], width, r, k)
             elif block or sparse:
                 gather(entry, k, width, array[:1])
-                step(array, hyper[row + recorded], width, r, 0)
+                step(array, hyper[row + recorded], entry[-3], width, r, 0)
 
     key = (cache.fingerprint(rule), n_state, per_row, layout, form, exact)
     return _over_chunks(span, f"rows-{rule.__name__}", key, real)

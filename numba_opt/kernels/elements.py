@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import half
+from . import half, rounding
 from .scalar import clip
 
 # How an array's elements lie in memory, by the code of its dtype in a layout.
@@ -20,6 +20,8 @@ STORAGE = {
     "f8": types.float64,
     "f2": half.HALF,
     "b2": half.BFLOAT,
+    "sf2": half.HALF,  # stochastically rounded
+    "sb2": half.BFLOAT,
     "i4": types.int32,
     "i8": types.int64,
 }
@@ -48,11 +50,12 @@ def pointers(typingctx, addresses, layout):
 
 
 @intrinsic
-def load(typingctx, pointers, i):
-    """The elements number `i` behind a tuple of pointers, as a tuple of numbers."""
+def load(typingctx, pointers, i, real=None):
+    """The elements number `i` behind a tuple of pointers, as a tuple of numbers, all `real` if given."""
     kinds = [pointer.dtype for pointer in pointers]
-    numbers = [types.float32 if kind in (half.HALF, half.BFLOAT) else kind for kind in kinds]
-    sig = types.BaseTuple.from_types(numbers)(pointers, i)
+    plain = [types.float32 if kind in (half.HALF, half.BFLOAT) else kind for kind in kinds]
+    numbers = plain if real is None else [real.dtype] * len(kinds)
+    sig = types.BaseTuple.from_types(numbers)(pointers, i, types.none if real is None else real)
 
     def codegen(context, builder, sig, args):
         found = cgutils.unpack_tuple(builder, args[0], len(kinds))
@@ -60,7 +63,8 @@ def load(typingctx, pointers, i):
             half.decode(context, builder, builder.load(builder.gep(pointer, [args[1]])), kind)
             for pointer, kind in zip(found, kinds, strict=True)
         ]
-        return context.make_tuple(builder, sig.return_type, values)
+        cast = [context.cast(builder, *each) for each in zip(values, plain, numbers, strict=True)]
+        return context.make_tuple(builder, sig.return_type, cast)
 
     return sig, codegen
 
@@ -77,6 +81,28 @@ def store(typingctx, pointers, i, values):
             number = types.float32 if kind in (half.HALF, half.BFLOAT) else kind
             value = context.cast(builder, builder.extract_value(args[2], k), values.types[k], number)
             builder.store(half.encode(context, builder, value, kind), builder.gep(target, [args[1]]))
+        return context.get_dummy_value()
+
+    return sig, codegen
+
+
+@intrinsic
+def store_by_chance(typingctx, pointers, i, values, key):
+    """`store` of half precision, rounded stochastically; `key` as `numba_opt.kernels.rounding` has it."""
+    sig = types.void(pointers, i, values, types.uint32)
+    kinds = [pointer.dtype for pointer in pointers]
+    converters = {half.HALF: rounding.to_half, half.BFLOAT: rounding.to_bfloat}
+
+    def codegen(context, builder, sig, args):
+        targets = cgutils.unpack_tuple(builder, args[0], len(kinds))
+        for k, (target, kind) in enumerate(zip(targets, kinds, strict=True)):
+            value = context.cast(builder, builder.extract_value(args[2], k), values.types[k], types.float32)
+            own = builder.add(args[3], ir.Constant(ir.IntType(32), k * rounding.STATE & 0xFFFFFFFF))
+            hashed = types.uint32(i, types.uint32)
+            chance = context.compile_internal(builder, rounding.noise, hashed, [args[1], own])
+            converted = types.uint32(types.float32, types.uint32)
+            bits = context.compile_internal(builder, converters[kind], converted, [value, chance])
+            builder.store(builder.trunc(bits, ir.IntType(16)), builder.gep(target, [args[1]]))
         return context.get_dummy_value()
 
     return sig, codegen

@@ -43,7 +43,7 @@ uint64, int64, int32 = np.uint64, np.int64, np.int32
 class Survey(NamedTuple):
     """What is known of the arrays of a call, one row for each tensor."""
 
-    addresses: np.ndarray  # of its arrays, then the length of its rows, then room for one number
+    addresses: np.ndarray  # of its arrays, then room for a number, the length of its rows, room for another
     bytes: np.ndarray  # how many lie at each address
     sizes: np.ndarray  # elements of the weight
     codes: np.ndarray  # the places of its arrays' dtypes in CODES, BITS bits each, the first one lowest
@@ -129,7 +129,7 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
         if codes[t] != code or sizes[t] != size:
             answer = CHANGED
         height = peek(shape, int64) if ndim > 0 else size
-        addresses[t, columns] = size // height if height > 0 else 1
+        addresses[t, columns + 1] = size // height if height > 0 else 1
         sizes[t] = size
         codes[t] = code
     return answer
@@ -167,7 +167,7 @@ def objects(columns: Sequence[Sequence[Any]]) -> np.ndarray:
 def blank(columns: int, tensors: int) -> Survey:
     """A survey that nothing has been read into."""
     return Survey(
-        addresses=np.zeros((tensors, columns + 2), np.uint64),
+        addresses=np.zeros((tensors, columns + 3), np.uint64),
         bytes=np.zeros((tensors, columns), np.int64),
         sizes=np.zeros(tensors, np.int64),
         codes=np.zeros(tensors, np.int64),
@@ -187,7 +187,7 @@ NONE = np.uint64(id(None))
 def overlapping(found: Survey, read: Sequence[np.ndarray] = (), written: Sequence[np.ndarray] = ()) -> bool:
     """Whether an array that will be written, a contiguous one like all others, shares memory with another."""
     tensors, columns = found.bytes.shape
-    starts, lengths = found.addresses[:, :-2].ravel(), found.bytes.ravel()
+    starts, lengths = found.addresses[:, :columns].ravel(), found.bytes.ravel()
     marks = _marks(tensors, columns)  # gradients are only read
     if read or written:
         more = [*read, *written]
@@ -233,7 +233,7 @@ def readable() -> bool:
         columns: list[list[Any]] = [[grad], [weight], [history], [None]]
         found = read(columns, n_state=1, per_row=True)
         at = [a.__array_interface__["data"][0] for a in (grad, weight, history)]
-        if found is None or found.addresses.tolist() != [[*at, 0, 5, 0]]:
+        if found is None or found.addresses.tolist() != [[*at, 0, 0, 5, 0]]:
             return False
         if found.bytes.tolist() != [[grad.nbytes, weight.nbytes, history.nbytes, 0]]:
             return False

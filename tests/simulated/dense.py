@@ -6,6 +6,8 @@ import ml_dtypes  # noqa: F401  bfloat16 needs it
 import numpy as np
 import pytest
 
+import numba_opt
+
 from .. import cuda_host, table
 
 SHAPES = [(5, 7), (8, 16), 3, 0, (1, 130)]
@@ -136,3 +138,22 @@ def test_step_is_fused_step():
     table.build(row).step(call.indices, weights, grads, states)
     table.build(row).fused_step(*call)
     compare(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
+
+
+@pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16"])
+def test_states_of_another_dtype(name, kept):
+    row = table.row(name)
+    call = table.make(row, [(4, 16), (3, 5)])
+    optimizer = table.build(row, state_dtype=kept)
+    call = call._replace(states=[optimizer.create_state(t, w) for t, w in enumerate(call.weights)])
+    gpu = table.build(row, state_dtype=kept)
+    made = gpu.create_state(0, cuda_host.on_gpu(call.weights[0]))
+    assert {array.dtype for array in table.leaves(made)} == {np.dtype(kept)}
+    compare(row, *both(row, call, state_dtype=kept))
+
+
+def test_no_rounding_by_chance():
+    optimizer = numba_opt.NAG(state_dtype="bfloat16", stochastic_rounding=True)
+    with pytest.raises(ValueError, match="stochastic_rounding must be False; got True"):
+        optimizer.create_state(0, cuda_host.on_gpu(np.zeros(3, "f4")))
