@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import execution
+from . import cuda, execution
 from .kernels import ndarray, threads
 
 if TYPE_CHECKING:
@@ -33,10 +33,14 @@ class Binding:
         self.grads: Sequence[Any] = positions  # stands for gradients, until they come
         self.request, self.stamps = trainer._request(positions, positions)
         self.ids = ndarray.objects(self.request.columns)
-        self.prepared = execution.Prepared(self.request)
+        self.prepared: Any = self.prepare(trainer.optimizer)
         self.groups: list[Group] = []
         self.which = [0] * len(positions)  # each parameter's group
         self.mults: tuple[Any, ...] = ({}, {})  # the optimizer's, as of which the groups are made
+
+    def prepare(self, optimizer: Optimizer) -> Any:
+        """What holds the tables."""
+        return execution.Prepared(self.request)
 
     def step(self, trainer: Trainer, rescale: float) -> bool:
         """Update the parameters; False if there was reason to skip that."""
@@ -51,6 +55,13 @@ class Binding:
         scale = self.scale(trainer, work, rescale)
         if scale is None:
             return False
+        hyper, after = self.plan(trainer, scale)
+        self.carry_out(trainer, work, hyper, after)
+        return True
+
+    def plan(self, trainer: Trainer, scale: float) -> tuple[list[Any], list[partial[Any]]]:
+        """The rows of hyper-parameters of the next step, and what counts it."""
+        optimizer = trainer.optimizer
         as_counted = (self, optimizer.lr_mult, optimizer.wd_mult, optimizer.num_update)
         if trainer._counted != as_counted or optimizer.param_dict:
             self.regroup(optimizer)
@@ -68,12 +79,15 @@ class Binding:
             partial(setattr, trainer, "_counted", counted),
             partial(setattr, trainer, "_sums", None),
         ]
+        return hyper, after
+
+    def carry_out(self, trainer: Trainer, work: execution.Work | None, hyper: Any, after: Any) -> None:
+        """Make the step, and count it."""
         if work is None:
             threads.run(self.prepared.jobs(hyper, self.which), after)
         else:
-            rule, fused = optimizer._rule(), optimizer.use_fused_step
+            rule, fused = trainer.optimizer._rule(), trainer.optimizer.use_fused_step
             execution.carry_out(rule, work, np.array(hyper), self.which, fused, after)
-        return True
 
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float | None:
         """What the gradients are to be multiplied by; None if the step is to be skipped."""
@@ -81,7 +95,7 @@ class Binding:
             return rescale
         tables = self.prepared.tables if work is None else work.bound.tables
         norm = execution.gradient_norm(tables, work, self.grads) * abs(rescale)
-        trainer.grad_norm = norm
+        trainer._grad_norm = norm
         if not math.isfinite(norm):
             return None if trainer.skip_nonfinite else rescale
         if trainer.clip_global_norm is not None and norm > trainer.clip_global_norm:
@@ -115,6 +129,51 @@ class Binding:
             which.append(group.number)
         self.groups, self.which = list(groups.values()), which
         self.mults = (dict(optimizer.lr_mult), dict(optimizer.wd_mult))
+
+
+class CudaBinding(Binding):
+    """The same on GPUs, where the norm of gradients is not known to the host."""
+
+    def prepare(self, optimizer: Optimizer) -> Any:
+        return cuda.Prepared(optimizer._rule())
+
+    def bind(self, optimizer: Optimizer) -> None:
+        columns = [self.grads, *self.request.columns[1:]]
+        self.prepared.take(self.request._replace(columns=columns, stored=optimizer._stored))
+
+    def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float:
+        return rescale  # the device does the rest
+
+    def carry_out(self, trainer: Trainer, work: execution.Work | None, hyper: Any, after: Any) -> None:
+        norm = self.norm(trainer)
+        trainer._grad_norm = self.prepared.norm if norm is not None else None
+        if self.prepared.run(hyper, self.which, norm):
+            for call in after:
+                call()
+        else:
+            trainer._captured = self
+
+    def norm(self, trainer: Trainer) -> cuda.Norm | None:
+        """What the trainer asks for of the norm of all gradients."""
+        if not trainer._wants_norm:
+            return None
+        limit = math.inf if trainer.clip_global_norm is None else trainer.clip_global_norm
+        return cuda.Norm(limit, trainer.skip_nonfinite)
+
+    def advance(self, trainer: Trainer, rescale: float) -> None:
+        """Count a step that a graph is about to make, and have its hyper-parameters ready for it."""
+        hyper, after = self.plan(trainer, rescale)
+        self.prepared.refresh(hyper, self.which, self.norm(trainer))
+        for call in after:
+            call()
+
+    def skipped(self) -> int:
+        """How many steps the device has left out; waits for it."""
+        return int(self.prepared.told()[cuda.SKIPPED])
+
+    def strayed(self) -> bool:
+        """Whether rows led outside; waits for the device."""
+        return bool(self.prepared.told()[cuda.STRAY])
 
 
 @dataclass

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import arguments
-from .device import as_array
+from . import arguments, cuda_arrays
+from .device import as_array, on_cuda
 from .errors import CheckpointError
 from .mxnet_states import load_mxnet_optimizer, load_mxnet_states
 
@@ -158,7 +158,7 @@ def take_apart(value: Any, arrays: Arrays, name: str = "") -> Any:
         value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    array = as_array(value, name)
+    array = _content(value, name)
     while name in arrays:
         name += "'"
     # safetensors' NumPy half does not read bfloat16
@@ -198,7 +198,8 @@ def pairs(mine: Any, theirs: Any, what: str) -> list[tuple[np.ndarray, np.ndarra
         raise CheckpointError(f"{what} has {len(there)} arrays in the checkpoint; expected {len(here)}")
     pairs = []
     for a, b in zip(here, there, strict=True):
-        target, source = as_array(a, what), as_array(b, what)
+        target = cuda_arrays.writable(a, what) if on_cuda(a) else as_array(a, what)
+        source = _content(b, what)
         if (target.shape, target.dtype) != (source.shape, source.dtype):
             raise CheckpointError(
                 f"{what} has shape {source.shape} and dtype {source.dtype} in the checkpoint; "
@@ -216,7 +217,12 @@ def copied(value: Any) -> Any:
         return type(value)(map(copied, value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return as_array(value, "array").copy()
+    return cuda_arrays.to_host(value, "array") if on_cuda(value) else as_array(value, "array").copy()
+
+
+def _content(value: Any, what: str) -> np.ndarray:
+    """An array that can be read here."""
+    return cuda_arrays.to_host(value, what) if on_cuda(value) else as_array(value, what)
 
 
 def describe(optimizer: Optimizer) -> dict[str, Any]:

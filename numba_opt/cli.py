@@ -135,7 +135,11 @@ def _warmup_options(parser: argparse.ArgumentParser) -> None:
         default=["float32"],
         help="float32, float64, float16, bfloat16; default: float32",
     )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, which is all that this version runs on")
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu (default), cuda, cuda:0, or a compute capability such as sm_90",
+    )
     parser.add_argument("--dense", action="store_true", help="leave out what sparse gradients need")
     parser.add_argument("--clear", action="store_true", help="empty the cache, and do nothing else")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -151,6 +155,7 @@ def _warmup(options: argparse.Namespace) -> None:
         removed, folder = info.clear_cache(), info.cache_usage()["folder"]
         _show(options, {"removed": removed, "folder": folder}, f"{removed} kernels removed from {folder}")
         return
+    from .errors import CudaUnavailableError
     from .warmup import warmup
 
     names = options.optimizers or None
@@ -158,6 +163,8 @@ def _warmup(options: argparse.Namespace) -> None:
         found = warmup(names, options.dtypes, options.device, not options.dense, not options.quiet)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    except CudaUnavailableError as error:
+        raise CommandError(str(error)) from error
     _show(options, found._asdict(), str(found))
 
 

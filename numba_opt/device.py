@@ -199,8 +199,8 @@ def as_array(value: Any, what: str) -> np.ndarray:
         raise TypeError(f"{what} is a masked array; expected one without a mask")
     if isinstance(value, np.ndarray):
         return value.view(np.ndarray)
-    if hasattr(value, "__cuda_array_interface__"):
-        raise TypeError(f"{what} is a CUDA array ({_type(value)}); this version updates arrays on the CPU")
+    if on_cuda(value):
+        raise TypeError(f"{what} is on a GPU ({_type(value)}); expected an array on the CPU, as the weight")
     torch = sys.modules.get("torch")
     try:
         if torch is not None and isinstance(value, torch.Tensor):
@@ -212,6 +212,31 @@ def as_array(value: Any, what: str) -> np.ndarray:
     except (TypeError, RuntimeError, BufferError, ValueError) as error:
         raise TypeError(f"{what} ({_type(value)}) cannot be viewed as a NumPy array: {error}") from error
     raise TypeError(f"{what} is {_type(value)}; expected an array")
+
+
+def zeros_like(weight: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros where a weight is."""
+    return np.zeros(shape, dtype)
+
+
+def as_single(weight: Any, what: str) -> np.ndarray:
+    """A float32 copy of a weight."""
+    return as_array(weight, what).astype(np.float32)
+
+
+def on_cuda(value: Any) -> bool:
+    """Whether an array is on a GPU: what decides between `numba_opt.execution` and `numba_opt.cuda`."""
+    if isinstance(value, np.ndarray):
+        return False
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return bool(value.is_cuda)
+    if hasattr(value, "__cuda_array_interface__"):
+        return True
+    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) == DLPACK_CUDA
+
+
+DLPACK_CUDA = 2  # kDLCUDA
 
 
 def is_half(dtype: np.dtype) -> bool:

@@ -15,7 +15,8 @@ import numpy
 from llvmlite import binding
 from numba.core.registry import cpu_target
 
-from . import __version__
+from . import __version__, cuda_arrays
+from .errors import CudaUnavailableError
 from .kernels import cache, threads
 from .warmup import cores
 
@@ -24,11 +25,11 @@ __all__ = ["cache_usage", "clear_cache", "collect", "text"]
 # Those that make a difference to the kernels, as LLVM calls them.
 FEATURES = ("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "neon", "sve", "sve2")
 
-OPTIONAL = ("torch", "ml_dtypes", "safetensors", "tqdm", "matplotlib", "scikit-learn")
+OPTIONAL = ("torch", "numba-cuda", "ml_dtypes", "safetensors", "tqdm", "matplotlib", "scikit-learn")
 
 
 def collect() -> dict[str, Any]:
-    """All of it, as plain values. Compiles nothing and imports none of the optional packages."""
+    """All of it, as plain values. Compiles nothing and imports no optional package but numba-cuda."""
     return {
         "versions": {
             "numba_opt": __version__,
@@ -41,7 +42,7 @@ def collect() -> dict[str, Any]:
         "optional": {name: _version(name) for name in OPTIONAL},
         "processor": _processor(),
         "threads": _threads(),
-        "cuda": {"devices": [], "why": "this version of numba_opt has no CUDA kernels"},
+        "cuda": _cuda(),
         "cache": cache_usage(),
     }
 
@@ -59,7 +60,7 @@ def text(found: Mapping[str, Any]) -> str:
         "features": f"{' '.join(processor['features']) or 'none'} (code is made for {processor['target']})",
         "threads": f"{work['count']}, {work['why']}",
         "layer": work["layer"],
-        "cuda": f"no devices: {found['cuda']['why']}",
+        "cuda": ", ".join(map(_gpu, found["cuda"]["devices"])) or f"no devices: {found['cuda']['why']}",
         "cache": f"{kept['folder']}, {kept['entries']} kernels, {kept['bytes'] / 2**20:.1f} MiB{writable}",
     }
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
@@ -70,6 +71,18 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _cuda() -> dict[str, Any]:
+    try:
+        devices = [device.describe() for device in cuda_arrays.devices()]
+    except CudaUnavailableError as error:
+        return {"devices": [], "why": str(error)}
+    return {"devices": devices, "why": "" if devices else "the driver knows of none"}
+
+
+def _gpu(found: Mapping[str, Any]) -> str:
+    return f"{found['name']} (compute capability {found['capability']}, {found['bytes'] / 2**30:.0f} GiB)"
 
 
 def _processor() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import arguments, device, execution, sparse
+from . import arguments, cuda, cuda_arrays, device, execution, sparse
 from .kernels import ndarray, rounding, threads
 from .lr_scheduler import LRScheduler
 
@@ -190,6 +190,7 @@ class Optimizer:
         self.wd_mult: dict[Index, float] = {}
         self._history: dict[Index, execution.History] = {}
         self._prepared: list[Any] = []
+        self._prepared_on_cuda: dict[Any, cuda.Prepared] = {}
 
     def _join(self, scheduler: Any) -> None:
         """Let the learning rate and a scheduler agree about the base."""
@@ -343,14 +344,20 @@ class Optimizer:
             The parameter. States have its shape, or ``(rows, 1)`` where `per_row` is set, and its dtype, or
             `state_dtype` if that is given.
         """
-        weight = device.as_array(weight, f"weight of {self._label(index)}")
-        shape = weight.shape
+        what = f"weight of {self._label(index)}"
+        if device.on_cuda(weight):
+            self._check_on_cuda(what)
+            array, zeros_like = cuda_arrays.look_at(weight, what), cuda_arrays.zeros_like
+        else:
+            array = weight = device.as_array(weight, what)
+            zeros_like = device.zeros_like
+        shape = array.shape
         if self.per_row:
             if len(shape) != 2:
-                raise ValueError(f"weight of {self._label(index)} has shape {shape}; expected 2 dimensions")
+                raise ValueError(f"{what} has shape {shape}; expected 2 dimensions")
             shape = (shape[0], 1)
-        dtype = device.state_dtype(self._stored, weight.dtype)
-        zeros = tuple(np.zeros(shape, dtype) for _ in self.state_names)
+        dtype = device.state_dtype(self._stored, array.dtype)
+        zeros = tuple(zeros_like(weight, shape, dtype) for _ in self.state_names)
         state = zeros if len(zeros) > 1 else zeros[0] if zeros else None
         if self.sparse_update == "exact":
             self._history.pop(index, None)  # a new state owes no steps
@@ -359,18 +366,27 @@ class Optimizer:
 
     def create_state_multi_precision(self, index: Index, weight: Any) -> Any:
         """`create_state`, or ``(float32 weight, its states)`` for half precision with `multi_precision`."""
-        array = device.as_array(weight, f"weight of {self._label(index)}")
-        if device.is_half(array.dtype):
+        what = f"weight of {self._label(index)}"
+        dtype = self._dtype_of(weight, what)
+        if device.is_half(dtype):
             if self.multi_precision:
-                master = array.astype(np.float32)
+                on_cuda = device.on_cuda(weight)
+                master = cuda_arrays.as_single(weight, what) if on_cuda else device.as_single(weight, what)
                 return master, self.create_state(index, master)
             what = "states" if self.state_dtype is None else "weights"
             warnings.warn(
-                f"{what} in {array.dtype} can make training inaccurate or slow to converge; "
+                f"{what} in {dtype} can make training inaccurate or slow to converge; "
                 "multi_precision=True keeps float32 copies",
                 stacklevel=2,
             )
         return self.create_state(index, weight)
+
+    @staticmethod
+    def _dtype_of(weight: Any, what: str) -> np.dtype:
+        """The dtype of a weight, wherever it is."""
+        if device.on_cuda(weight):
+            return cuda_arrays.look_at(weight, what).dtype
+        return device.as_array(weight, what).dtype
 
     # ---------------------------------------------------------------- steps
 
@@ -386,6 +402,8 @@ class Optimizer:
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
     ) -> None:
         """Update the weights by the rule applied to whole arrays: readable, not fast.
+
+        On a GPU there are no arrays that NumPy could work on, and this is `fused_step`.
 
         Parameters
         ----------
@@ -451,6 +469,9 @@ class Optimizer:
         """Check everything, work out the numbers, make the step and count it."""
         self._check_lengths(indices, weights, grads, states)
         request, stamps = self._request(indices, weights, grads, states, masters)
+        if any(map(device.on_cuda, weights)):
+            self._step_on_cuda(request, indices)
+            return
         if fused and not stamps and self._quick_step(request, indices):
             return
         work = self._assemble(*self._take_sparse(request), stamps, indices)
@@ -477,11 +498,33 @@ class Optimizer:
         finally:
             self._prepared.append(((rule, size), prepared))
 
+    def _step_on_cuda(self, request: device.Request, indices: Sequence[Index]) -> None:
+        """The step of weights that are on GPUs."""
+        self._check_on_cuda(request.label(0))
+        key = (tuple(indices), self._rule())
+        prepared = self._prepared_on_cuda.setdefault(key, cuda.Prepared(self._rule()))
+        prepared.take(request)
+        plan = self._plan(indices)
+        prepared.run(plan.hyper, plan.which, graphs=False)
+        for count in self._counting(plan):
+            count()
+
+    def _check_on_cuda(self, what: str) -> None:
+        """Refuse what kernels on GPUs cannot do."""
+        if self.sparse_update != "lazy":
+            given = repr(self.sparse_update)
+            raise ValueError(f"{what} is on a GPU, where sparse_update must be 'lazy'; got {given}")
+        if self.stochastic_rounding:
+            raise ValueError(f"{what} is on a GPU, where stochastic_rounding must be False; got True")
+
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """What `update_multi_precision` would refuse, refused; nothing is changed."""
         self._check_lengths(indices, weights, grads, states)
         request, stamps = self._request(indices, weights, grads, states, self.multi_precision)
-        self._assemble(*self._take_sparse(request), stamps, indices)
+        if any(map(device.on_cuda, weights)):
+            cuda.bind(request)
+        else:
+            self._assemble(*self._take_sparse(request), stamps, indices)
         self._plan(indices)
 
     def _counting(self, plan: Plan) -> list[partial[Any]]:
@@ -575,7 +618,7 @@ class Optimizer:
         for index, weight, state in zip(indices, weights, states, strict=True):
             label = self._label(index)
             copy = None
-            if device.is_half(device.as_array(weight, f"weight of {label}").dtype):
+            if device.is_half(self._dtype_of(weight, f"weight of {label}")):
                 if not (isinstance(state, (tuple, list)) and len(state) == 2):
                     raise TypeError(
                         f"state of {label} is {type(state).__name__}; expected (float32 weight, state)"
@@ -676,11 +719,12 @@ class Optimizer:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("param_dict", "_prepared")  # objects of the program, and addresses of this process
+        # objects of the program, and addresses of this process
+        gone = ("param_dict", "_prepared", "_prepared_on_cuda")
         return {k: v for k, v in vars(self).items() if k not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, param_dict={}, _prepared=[])
+        vars(self).update(state, param_dict={}, _prepared=[], _prepared_on_cuda={})
 
 
 def _multipliers(name: str, given: Mapping[Any, float]) -> dict[Index, float]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arguments, device
+from . import arguments, cuda_arrays, device
 from .kernels import cpu, merge, threads
 
 __all__ = ["RowSparse"]
@@ -32,6 +32,12 @@ class RowSparse:
         The rows, of any floating-point dtype.
     shape : tuple of int
         The shape of the whole.
+    distinct : bool, default False
+        Whether no row comes more than once. On the CPU that is found out. On a GPU it is believed, and saves
+        the sorting of row numbers.
+
+    `rows` and `values` may both be on a GPU. What numbers there are in `rows` is not looked at then, as the
+    host would have to wait: those that are no rows of the parameter are left out.
 
     Raises
     ------
@@ -60,19 +66,41 @@ class RowSparse:
            [1. , 1. ]])
     """
 
-    def __init__(self, rows: Any, values: Any, shape: Sequence[int]) -> None:
-        self.rows = rows if isinstance(rows, np.ndarray) else np.asarray(rows)
-        if self.rows.size == 0 and not isinstance(rows, np.ndarray):
-            self.rows = self.rows.astype(np.int64)
-        self.values = values if isinstance(values, np.ndarray) else np.asarray(values)
+    def __init__(self, rows: Any, values: Any, shape: Sequence[int], distinct: bool = False) -> None:
+        self.on_cuda = device.on_cuda(rows) and device.on_cuda(values)
+        self.distinct = bool(distinct)
+        self.rows, self.values = rows, values
+        if not self.on_cuda:
+            self.rows = rows if isinstance(rows, np.ndarray) else np.asarray(rows)
+            if self.rows.size == 0 and not isinstance(rows, np.ndarray):
+                self.rows = self.rows.astype(np.int64)
+            self.values = values if isinstance(values, np.ndarray) else np.asarray(values)
         try:
             self.shape = tuple(arguments.count("shape", n, 0) for n in shape)
         except TypeError as error:
             raise TypeError(f"shape must be a tuple of whole numbers, got {shape!r}") from error
         if not self.shape:
             raise ValueError(f"shape must be of at least one dimension, got {shape!r}")
-        _check_block(self, "RowSparse")
-        check_numbers(self.rows, "rows of RowSparse", self.shape[0])
+        if self.on_cuda:
+            check_block(*self._looked_at(), self.shape, "RowSparse")
+        else:
+            check_block(self.rows, self.values, self.shape, "RowSparse")
+            check_numbers(self.rows, "rows of RowSparse", self.shape[0])
+
+    def _looked_at(self) -> tuple[np.ndarray, np.ndarray]:
+        """NumPy arrays like the rows and the values; if those are on a GPU, they stand for them only."""
+        if not self.on_cuda:
+            return self.rows, self.values
+        look_at = cuda_arrays.look_at
+        return look_at(self.rows, "rows of RowSparse"), look_at(self.values, "values of RowSparse")
+
+    def to_host(self) -> RowSparse:
+        """The same with NumPy arrays: itself, or a copy of what is on a GPU, for which the host waits."""
+        if not self.on_cuda:
+            return self
+        to_host = cuda_arrays.to_host
+        rows, values = to_host(self.rows, "rows of RowSparse"), to_host(self.values, "values of RowSparse")
+        return RowSparse(rows, values, self.shape)
 
     @classmethod
     def from_csr(cls, matrix: Any, what: str = "matrix") -> RowSparse:
@@ -90,23 +118,27 @@ class RowSparse:
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the values."""
-        return self.values.dtype
+        return self._looked_at()[1].dtype
 
     def to_dense(self) -> np.ndarray:
-        """The gradient as an ordinary array."""
+        """The gradient as an ordinary NumPy array."""
+        if self.on_cuda:
+            return self.to_host().to_dense()
         dense = np.zeros(self.shape, self.dtype)
         np.add.at(dense, self.rows, self.values)
         return dense
 
     def coalesce(self) -> RowSparse:
-        """The same with each row once, in order."""
+        """The same with each row once, in order, as NumPy arrays."""
+        if self.on_cuda:
+            return self.to_host().coalesce()
         rows, inverse = np.unique(self.rows, return_inverse=True)
         values = np.zeros((len(rows), *self.shape[1:]), self.dtype)
         np.add.at(values, inverse, self.values)
         return RowSparse(rows, values, self.shape)
 
     def __repr__(self) -> str:
-        return f"RowSparse of shape {self.shape}: {len(self.rows):,} rows, {self.dtype}"
+        return f"RowSparse of shape {self.shape}: {len(self._looked_at()[0]):,} rows, {self.dtype}"
 
 
 class Parts(NamedTuple):
@@ -156,10 +188,10 @@ def is_sparse(grad: Any) -> bool:
 def joined(sum_so_far: Any, grad: Any, weight: Any, what: str) -> Any:
     """A sum of gradients and one more, as a new array or as rows, which are summed when they are used."""
     weight = device.as_array(weight, what)
-    _check_shape(grad, weight, what)
+    check_shape(grad, weight, what)
     if not isinstance(grad, RowSparse):
         grad = RowSparse.from_csr(_as_csr(grad, what), what)
-    _check_block(grad, what)
+    check_block(grad.rows, grad.values, grad.shape, what)
     check_numbers(grad.rows, f"rows of {what}", grad.shape[0])
     with np.errstate(all="ignore"):
         rows, values = grad.rows.astype(np.int64), grad.values.astype(weight.dtype)
@@ -198,13 +230,13 @@ def parts_of(grad: Any, weight: np.ndarray, what: str) -> Parts:
     TypeError, ValueError
         Naming the parameter, what is wrong and where it is first wrong.
     """
-    _check_shape(grad, weight, what)
+    check_shape(grad, weight, what)
     if isinstance(grad, RowSparse):
         return _block_parts(grad, what)
     return _csr_parts(_as_csr(grad, what), what)
 
 
-def _check_shape(grad: Any, weight: np.ndarray, what: str) -> None:
+def check_shape(grad: Any, weight: np.ndarray, what: str) -> None:
     if tuple(grad.shape) != weight.shape:
         raise ValueError(f"{what} has shape {grad.shape}; expected {weight.shape}, as the weight")
 
@@ -252,19 +284,19 @@ def check_numbers(numbers: np.ndarray, what: str, limit: int) -> None:
         raise ValueError(f"{what} hold {numbers[k]} at position {k}; expected 0 to {limit - 1}")
 
 
-def _check_block(grad: RowSparse, what: str) -> None:
+def check_block(rows: Any, values: Any, shape: tuple[int, ...], what: str) -> None:
     """Refuse row numbers that are not integers, and values of another shape."""
-    rows = _plain(grad.rows, f"rows of {what}", "iu")
-    values = _plain(grad.values, f"values of {what}", "fV")
+    rows = _plain(rows, f"rows of {what}", "iu")
+    values = _plain(values, f"values of {what}", "fV")
     if rows.ndim != 1:
         raise ValueError(f"rows of {what} have shape {rows.shape}; expected one dimension")
-    expected = (len(rows), *grad.shape[1:])
+    expected = (len(rows), *shape[1:])
     if values.shape != expected:
         raise ValueError(f"values of {what} have shape {values.shape}; expected {expected}")
 
 
 def _block_parts(grad: RowSparse, what: str) -> Parts:
-    _check_block(grad, what)
+    check_block(grad.rows, grad.values, grad.shape, what)
     values = _stored(grad.values)
     return by_row(values, device.code_of(values.dtype), grad.rows, grad.shape[0], what)
 
@@ -299,21 +331,8 @@ def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> tuple[n
     Returns the rows that hold an entry, where each one's entries begin (and where the last one's end), and
     whether all of these rows are full and their columns in order.
     """
-    data = _plain(matrix.data, f"data of {what}", "fV")
-    indices = _plain(matrix.indices, f"indices of {what}", "i")
-    indptr = _plain(matrix.indptr, f"indptr of {what}", "i")
-    for name, array in (("indices", indices), ("indptr", indptr)):
-        if array.dtype not in (np.int32, np.int64):
-            raise TypeError(f"{name} of {what} are {array.dtype}; expected int32 or int64")
-    for name, array, ndim in (
-        ("data", data, 3 if matrix.format == "bsr" else 1),
-        ("indices", indices, 1),
-        ("indptr", indptr, 1),
-    ):
-        if array.ndim != ndim:
-            raise ValueError(f"{name} of {what} has shape {array.shape}; expected {ndim} dimensions")
-    if len(indptr) != major + 1:
-        raise ValueError(f"indptr of {what} has length {len(indptr)}; expected {major + 1}, rows and one")
+    data, indices, indptr = matrix.data, matrix.indices, matrix.indptr
+    check_compressed(data, indices, indptr, major, what, 3 if matrix.format == "bsr" else 1)
     available = min(len(data), len(indices))
     bad, full, rows, starts = merge.rows_of_csr(np.ascontiguousarray(indptr), available, minor)
     if bad:
@@ -323,6 +342,20 @@ def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> tuple[n
     if order == merge.BAD:
         check_numbers(used, f"indices of {what}", minor)
     return rows, starts, full and order == merge.GOOD
+
+
+def check_compressed(data: Any, indices: Any, indptr: Any, major: int, what: str, ndim: int = 1) -> None:
+    """Refuse what cannot be the arrays of a matrix by rows (or columns); their numbers are not looked at."""
+    _plain(data, f"data of {what}", "fV")
+    for name, array in (("indices", indices), ("indptr", indptr)):
+        _plain(array, f"{name} of {what}", "i")
+        if array.dtype not in (np.int32, np.int64):
+            raise TypeError(f"{name} of {what} are {array.dtype}; expected int32 or int64")
+    for name, array, expected in (("data", data, ndim), ("indices", indices, 1), ("indptr", indptr, 1)):
+        if array.ndim != expected:
+            raise ValueError(f"{name} of {what} has shape {array.shape}; expected {expected} dimensions")
+    if len(indptr) != major + 1:
+        raise ValueError(f"indptr of {what} has length {len(indptr)}; expected {major + 1}, rows and one")
 
 
 def _look_at_columns(columns: np.ndarray, width: int) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from . import arguments, checkpoint, device, interrupts, sparse
-from .binding import Binding
+from . import arguments, checkpoint, cuda, cuda_arrays, device, interrupts, sparse
+from .binding import Binding, CudaBinding
 from .kernels import ndarray
 from .optimizer import Optimizer, create
 
@@ -94,6 +94,10 @@ class Trainer:
     ) -> None:
         self.params = _named(params)
         self._names = list(self.params)
+        on_cuda = set(map(device.on_cuda, self.params.values()))
+        self._on_cuda = True in on_cuda
+        if len(on_cuda) > 1:
+            raise ValueError("params are on the CPU and on GPUs; expected all of them on either")
         self._by_name = isinstance(params, Mapping)
         if isinstance(optimizer, str):
             optimizer = create(optimizer, **optimizer_kwargs)
@@ -111,8 +115,8 @@ class Trainer:
         optimizer.set_wd_mult({**optimizer.wd_mult, **self._matched("wd_mult", wd_mult or {})})
         self.clip_global_norm = arguments.optional("clip_global_norm", clip_global_norm)
         self.skip_nonfinite = bool(skip_nonfinite)
-        self.grad_norm: float | None = None
-        self.skipped_steps = 0
+        self._grad_norm: Callable[[], float] | float | None = None
+        self._skipped_steps = 0
         self._frozen: set[str] = set()
         self.states = {
             name: optimizer.create_state_multi_precision(i, array)
@@ -120,9 +124,13 @@ class Trainer:
         }
         self._sums: list[Any] | None = None  # of accumulated gradients; None where there was none
         self._bindings: dict[bytes, Binding] = {}
+        self._captured: CudaBinding | None = None  # the last one of which a graph was captured
         self._counted: tuple[Any, ...] = ()  # by which binding the last step was counted, and as of what
         everything = list(range(len(self._names)))
-        device.bind(self._request(everything, [_like(w) for w in self._weights(everything)])[0])
+        if self._on_cuda:
+            cuda.check(self._request(everything, [None] * len(everything))[0])
+        else:
+            device.bind(self._request(everything, [_like(w) for w in self._weights(everything)])[0])
         self.freeze(freeze)
 
     # ---------------------------------------------------------------- steps
@@ -143,9 +151,7 @@ class Trainer:
         TypeError, ValueError
             A gradient does not fit; nothing has been changed.
         """
-        batch = 1.0 if batch_size == 1 else arguments.number("batch_size", batch_size)
-        if not batch:
-            raise ValueError(f"batch_size must be greater than 0, got {batch_size!r}")
+        batch = self._batch(batch_size)
         if grads is None and self._sums is None:
             raise ValueError("grads must be given, as nothing has been accumulated")
         found = self._unfrozen(self._in_order(grads)) if grads is not None else self._sums or []
@@ -153,10 +159,77 @@ class Trainer:
             found = self._plus([sparse.copied(total) for total in self._sums], found)
         binding = self._binding(self._unfrozen(found))
         if binding is None:
-            self.grad_norm = 0.0 if self._wants_norm else None
+            self._grad_norm = 0.0 if self._wants_norm else None
         elif not binding.step(self, self.optimizer.rescale_grad / batch):
-            self.skipped_steps += 1
+            self._skipped_steps += 1
         self._sums = None
+
+    def advance(self, batch_size: float = 1) -> None:
+        """Count a step that a captured CUDA graph is about to make, and set its hyper-parameters.
+
+        Nothing that changes from step to step is in the graph: kernels read it from the device's memory, and
+        this writes it there, on the current stream, if it has changed. So call it before each replay, on the
+        same stream. The step that is captured is not made and not counted; the arrays must be those of an
+        earlier step, and this trainer must live as long as the graph.
+
+        Parameters
+        ----------
+        batch_size : float, default 1
+            Gradients are divided by it.
+
+        Raises
+        ------
+        ValueError
+            No step has been captured, or what it used has been replaced since.
+
+        Examples
+        --------
+        With PyTorch, gradients being in the same tensors at each step::
+
+            trainer.step(grads)                  # compiles, and makes tables
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                trainer.step(grads)
+            for lr in (0.1, 0.05):
+                trainer.set_learning_rate(lr)
+                trainer.advance()
+                graph.replay()
+        """
+        if self._captured is None:
+            raise ValueError("advance needs a step that has been captured in a CUDA graph")
+        self._captured.advance(self, self.optimizer.rescale_grad / self._batch(batch_size))
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the last step's gradients, before clipping. On a GPU, asking waits for it."""
+        return self._grad_norm() if callable(self._grad_norm) else self._grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out. On a GPU, asking waits for the last one."""
+        return self._skipped_steps + sum(binding.skipped() for binding in self._cuda_bindings())
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self._skipped_steps += value - self.skipped_steps
+
+    @property
+    def stray_rows(self) -> bool:
+        """Whether a sparse gradient on a GPU had rows that its parameter has not, which were left out.
+
+        Asking waits for the last step. On the CPU such a gradient is an error.
+        """
+        return any(binding.strayed() for binding in self._cuda_bindings())
+
+    def _cuda_bindings(self) -> list[CudaBinding]:
+        return [b for b in self._bindings.values() if isinstance(b, CudaBinding)]
+
+    @staticmethod
+    def _batch(batch_size: float) -> float:
+        batch = 1.0 if batch_size == 1 else arguments.number("batch_size", batch_size)
+        if not batch:
+            raise ValueError(f"batch_size must be greater than 0, got {batch_size!r}")
+        return batch
 
     @property
     def _wants_norm(self) -> bool:
@@ -176,6 +249,8 @@ class Trainer:
 
         Half-precision gradients of float32 weights, or of weights with a float32 copy, add up in float32.
         """
+        if self._on_cuda:
+            raise TypeError("accumulate is for parameters on the CPU; on a GPU, add gradients up there")
         found = self._unfrozen(self._in_order(grads))
         sums = list(self._sums or [None] * len(found))
         with interrupts.held_back():
@@ -242,8 +317,10 @@ class Trainer:
             if not positions:
                 return None
             if len(self._bindings) >= 8:  # gradients that come and go at random: keep the newest few
-                self._bindings.pop(next(iter(self._bindings)))
-            binding = self._bindings[present.tobytes()] = Binding(self, positions)
+                oldest = self._bindings.pop(next(iter(self._bindings)))
+                self._skipped_steps += oldest.skipped() if isinstance(oldest, CudaBinding) else 0
+            kind = CudaBinding if self._on_cuda else Binding
+            binding = self._bindings[present.tobytes()] = kind(self, positions)
         if len(binding.positions) < len(grads):
             ids, grads = ids[present], [grads[t] for t in binding.positions]
         binding.ids[0] = ids
@@ -410,12 +487,14 @@ class Trainer:
     # ---------------------------------------------------------------- for people
 
     def __repr__(self) -> str:
-        elements = sum(device.as_array(w, "weight").size for w in self.params.values())
-        held = sum(array.nbytes for state in self.states.values() for array in checkpoint.leaves(state))
+        look = cuda_arrays.look_at if self._on_cuda else device.as_array
+        elements = sum(look(w, "weight").size for w in self.params.values())
+        states = [array for state in self.states.values() for array in checkpoint.leaves(state)]
+        held = sum(look(array, "state").nbytes for array in states)
         frozen = f" ({len(self._frozen)} frozen)" if self._frozen else ""
         return (
             f"Trainer of {len(self._names):,} parameters{frozen}: {elements:,} elements, "
-            f"{_amount(held)} of state, on the CPU\n  {self.optimizer!r}"
+            f"{_amount(held)} of state, on {'CUDA' if self._on_cuda else 'the CPU'}\n  {self.optimizer!r}"
         )
 
 

@@ -11,12 +11,14 @@ import collections
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ import numba
 import numpy as np
 from numba.core import event
 
-from . import device, interrupts
+from . import cuda_arrays, device, interrupts
 from .ftml import FTML
 from .kernels import cache, cpu, merge, ndarray, threads
 from .nag import NAG
@@ -69,10 +71,10 @@ class Kernel(NamedTuple):
 
     def make(self) -> bool:
         """Have it; says whether it had to be compiled."""
-        before = _misses.total
+        before = _compiled()
         with interrupts.held_back():  # an interrupted compiler and a half-written file are nobody's friends
             MAKERS[self.maker](*self.args)
-        return _misses.total > before
+        return _compiled() > before
 
     def sent(self) -> str | None:
         """What another process is told; None if it cannot make this kernel."""
@@ -112,8 +114,9 @@ def warmup(
         Of the parameters and their gradients: float32, float64, float16, bfloat16, by name or as objects.
         Half precision means with and without float32 copies of the weights; for an instance, as its
         `multi_precision` says.
-    devices : "cpu" or a list of devices, optional
-        This version runs on the CPU only.
+    devices : str or list of str, default "cpu"
+        Whose kernels: "cpu"; "cuda" for all GPUs that are there, or "cuda:1" for one of them; or a compute
+        capability such as "sm_90", for which neither a GPU nor a driver is needed.
     sparse : bool, default True
         Whether there will be sparse gradients: row-sparse, and CSR with 32-bit or 64-bit indices.
     progress : bool, default True
@@ -129,6 +132,8 @@ def warmup(
     ------
     TypeError, ValueError
         An optimizer, dtype or device is unknown.
+    CudaUnavailableError
+        A GPU is asked for, and there is none, or no numba-cuda.
 
     Examples
     --------
@@ -138,8 +143,15 @@ def warmup(
     0
     """
     began = time.perf_counter()
-    _check_devices(devices)
-    kernels = list(dict.fromkeys(_kernels(_instances(optimizers), _codes(dtypes), bool(sparse))))
+    variants, codes = _instances(optimizers), _codes(dtypes)
+    wanted: list[Kernel] = []
+    for target in _targets(devices):
+        if target == "cpu":
+            wanted += _kernels(variants, codes, bool(sparse))
+        else:
+            made = cuda_kernels(variants, codes, bool(sparse))
+            wanted += [Kernel(f"cuda {name}", (*args, target)) for name, *args in made]
+    kernels = list(dict.fromkeys(wanted))
     kept = _writable()
     with _bar(len(kernels), progress) as advance:
         compiled = _Work(kernels, advance, helped=kept).run()
@@ -195,13 +207,29 @@ def _codes(dtypes: Any) -> list[str]:
     return list(dict.fromkeys(codes))
 
 
-def _check_devices(devices: Any) -> None:
-    for given in [devices] if devices is None or isinstance(devices, str) else devices:
-        kind = str("cpu" if given is None else given).partition(":")[0]
+def _targets(devices: Any) -> list[str]:
+    """What to compile for: "cpu", and compute capabilities such as "9.0"."""
+    found = []
+    for given in [devices] if devices is None or not isinstance(devices, (list, tuple)) else devices:
+        kind, _, number = str("cpu" if given is None else given).partition(":")
+        capability = re.fullmatch(r"sm_(\d+)(\d)", kind)
         if kind in ("cuda", "gpu"):
-            raise ValueError(f"devices has {given!r}, but this version has no CUDA kernels; expected 'cpu'")
-        if kind != "cpu":
-            raise ValueError(f"devices must be 'cpu', got {given!r}")
+            there = cuda_arrays.devices()
+            chosen = there[slice(int(number), int(number) + 1)] if number.isdigit() else there
+            if not chosen:
+                raise ValueError(f"devices has {given!r}, but there are {len(there)} CUDA devices")
+            found += ["{}.{}".format(*gpu.capability) for gpu in chosen]
+        elif capability:
+            cuda_arrays.loops()
+            found.append(f"{capability[1]}.{capability[2]}")
+        elif kind == "cpu":
+            found.append("cpu")
+        else:
+            raise ValueError(
+                "devices must be 'cpu', 'cuda', 'cuda:0' or a compute capability such as 'sm_90', "
+                f"got {given!r}"
+            )
+    return list(dict.fromkeys(found))
 
 
 def _kernels(variants: Sequence[Variant], codes: Sequence[str], sparse: bool) -> Iterator[Kernel]:
@@ -225,15 +253,46 @@ def _kernels(variants: Sequence[Variant], codes: Sequence[str], sparse: bool) ->
 def _of_rule(optimizer: Optimizer, code: str, copied: bool, sparse: bool) -> Iterator[Kernel]:
     """The kernels of an optimizer for weights of some dtype, perhaps with float32 copies."""
     rule = optimizer._rule()
-    copy = [code] if copied else []
-    weight = "f4" if copied else code
-    own = " ".join([weight, *[optimizer._stored or weight] * rule.n_state, *copy])
-    for grad in device.gradients_for("f4", *copy) if copied else [code]:
+    own, grads = _stored(optimizer, code, copied)
+    for grad in grads:
         yield Kernel("dense", (*rule, f"{grad} {own}"))
     if sparse and optimizer.sparse_update != "dense":
         exact = optimizer.sparse_update == "exact"
         for form in (f"block {code}", f"csr {code}", *(["none"] if exact else [])):
             yield Kernel("rows", (*rule, own, form, exact))
+
+
+def _stored(optimizer: Optimizer, code: str, copied: bool) -> tuple[str, Sequence[str]]:
+    """How a weight of some dtype is stored with its states and perhaps a copy, and its possible gradients."""
+    copy, weight = ([code], "f4") if copied else ([], code)
+    own = " ".join([weight, *[optimizer._stored or weight] * optimizer._rule().n_state, *copy])
+    return own, device.gradients_for("f4", *copy) if copied else [code]
+
+
+def cuda_kernels(
+    variants: Sequence[Variant], codes: Sequence[str], sparse: bool
+) -> Iterator[tuple[Any, ...]]:
+    """The kernels of GPUs, by name and arguments."""
+    yield from (("set_hyper",), ("clip_norm",), *(("squares", code) for code in codes))
+    if sparse:
+        yield from (("keys", "i4"), ("keys", "i8"), ("merge",))
+        for code in codes:
+            yield from (("row_squares", "f8" if code == "f8" else "f4", form) for form in _forms(code))
+    for optimizer, masters in variants:
+        if optimizer.rule is None or optimizer.stochastic_rounding:
+            continue
+        rule = optimizer._rule()
+        for code in codes:
+            for copied in masters if code in HALF else (False,):
+                own, grads = _stored(optimizer, code, copied)
+                yield from (("dense", *rule, f"{grad} {own}") for grad in grads)
+                if sparse and optimizer.sparse_update == "lazy":
+                    yield from (("rows", *rule, own, form) for form in _forms(code))
+
+
+def _forms(code: str) -> list[str]:
+    """Sparse gradients of a dtype, as GPUs have them: distinct rows, any rows, CSR."""
+    return [f"rows i4 {code}", f"rows i8 {code}", f"keys {code}", f"csr i4 {code}", f"csr i8 {code}"]
 
 
 # ---------------------------------------------------------------- making it
@@ -261,6 +320,17 @@ def _merge_csr(size: int) -> None:
     merge.rows_of_csr(np.array([0, 1], f"i{size}"), 1, 1)
 
 
+def _cuda(name: str, *args: Any) -> None:
+    """A kernel for the compute capability that comes last."""
+    from .kernels import cuda_code
+
+    *made, capability = args
+    major, minor = map(int, capability.split("."))
+    cuda_code.compiled(getattr(cuda_arrays.loops(), name)(*made), (major, minor))
+
+
+CUDA = ("set_hyper", "clip_norm", "squares", "keys", "merge", "row_squares", "dense", "rows")
+
 HELPERS = ("read arrays", "share work")
 
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -272,6 +342,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "squares": cpu.squares,
     "dense": cpu.dense,
     "rows": cpu.rows,
+    **{f"cuda {name}": partial(_cuda, name) for name in CUDA},
 }
 
 
@@ -294,6 +365,12 @@ class _Misses(event.Listener):
 
 
 _misses = _Misses()
+
+
+def _compiled() -> int:
+    """How many kernels this thread had to compile so far."""
+    cuda_code = sys.modules.get("numba_opt.kernels.cuda_code")
+    return _misses.total + (cuda_code.how_many() if cuda_code else 0)
 
 
 class _Work:

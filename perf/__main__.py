@@ -93,10 +93,11 @@ def _cuda(found: dict, path: Path, quick: bool) -> None:
     """The slot for `perf.gpu`, where that is and there is a GPU: its tables come as Markdown."""
     try:
         from . import gpu
+
+        found["cuda"] = gpu.measure(quick)
     except ImportError as error:
         print(f"left out: cuda ({error})", file=sys.stderr)
         return
-    found["cuda"] = gpu.measure(quick)
     report.write(path, found)
 
 

@@ -134,7 +134,7 @@ def test_clear_removes_only_what_is_ours(capsys, folder):
     [
         (["warmup", "nix"], "name must be one of "),
         (["warmup", "--dtypes", "int8"], "dtypes must be among float32, float64, float16, bfloat16"),
-        (["warmup", "--device", "cuda"], "this version has no CUDA kernels"),
+        (["warmup", "--device", "tpu"], "devices must be 'cpu', 'cuda', "),
         (["warmup", "nag", "--clear"], "--clear empties the whole cache"),
         (["bench", "--plot", "picture.doc"], "the name must end in one of "),
         (["bench", "--plot", "/no such folder/a.png"], "there is no folder"),

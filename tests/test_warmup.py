@@ -355,9 +355,7 @@ def test_dtypes_of_other_packages():
         ({"optimizers": int}, TypeError, "got <class 'int'>"),
         ({"dtypes": "int8"}, ValueError, "dtypes must be among float32, .*, got 'int8'"),
         ({"dtypes": ["float32", np.int64]}, ValueError, "got <class 'numpy.int64'>"),
-        ({"devices": "cuda"}, ValueError, "this version has no CUDA kernels"),
-        ({"devices": ["cpu", "cuda:1"]}, ValueError, "'cuda:1', but this version has no CUDA kernels"),
-        ({"devices": "tpu"}, ValueError, "devices must be 'cpu', got 'tpu'"),
+        ({"devices": "tpu"}, ValueError, "devices must be 'cpu', 'cuda', .*, got 'tpu'"),
     ],
 )
 def test_bad_arguments(kwargs, error, message):

@@ -71,10 +71,10 @@ class KernelCache(caching.NullCache):
         try:
             path = self._path(sig, target_context.codegen())
             self._count_from(path)
-            content = path.read_bytes()
-            if content[:32] != _digest(content[32:]):
+            content = read(path)
+            if content is None:
                 return None
-            externals, payload = pickle.loads(content[32:])
+            externals, payload = pickle.loads(content)
             rtsys.initialize(target_context)
             if not all(map(llvmlite.binding.address_of_symbol, externals)):
                 target_context.refresh()  # 0.3 s, of which most kernels need nothing
@@ -98,21 +98,39 @@ class KernelCache(caching.NullCache):
         try:
             path = self._path(sig, data.codegen)
             payload = caching.CompileResultCacheImpl.reduce(None, data)
-            content = serialize.dumps((_externals(data.library), payload))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
-            try:
-                unfinished.write_bytes(_digest(content) + content)
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            write(path, serialize.dumps((_externals(data.library), payload)))
         except Exception:  # a full disk, a read-only home
             return
 
     def _path(self, sig: Any, codegen: Any) -> Path:
         machine = (str(sig), codegen.magic_tuple(), platform.python_version(), platform.machine())
         versions = (numba.__version__, llvmlite.__version__, numpy.__version__)
-        return folder() / f"{self.name}-{_digest(repr((self.key, machine, versions)).encode()).hex()}.nbc"
+        return place(self.name, (self.key, machine, versions))
+
+
+def place(name: str, key: Any) -> Path:
+    """Where something that was compiled is kept; its key, written out, must tell it from everything else."""
+    return folder() / f"{name}-{_digest(repr(key).encode()).hex()}.nbc"
+
+
+def read(path: Path) -> bytes | None:
+    """What was kept at a place; None if there is nothing, or not all of it."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    return content[32:] if content[:32] == _digest(content[32:]) else None
+
+
+def write(path: Path, content: bytes) -> None:
+    """Keep something, which appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
+    try:
+        unfinished.write_bytes(_digest(content) + content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _externals(library: Any) -> list[str]:

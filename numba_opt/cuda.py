@@ -1,0 +1,594 @@
+"""Steps on NVIDIA GPUs: what it takes to launch kernels on many arrays.
+
+Everything a step needs is prepared when its arrays are first seen: tables in the device's memory, and
+launches with their arguments. A step of arrays that it has seen before costs a look at each of them and two
+or three launches. Hyper-parameters are in a buffer in the device's memory. They travel there as arguments of
+a launch of their own, which is left out when they have not changed; so a captured graph, which has only the
+kernels that read the buffer, sees new ones when it is replayed.
+
+Nothing waits for the device: kernels go to the caller's stream, which is PyTorch's or CuPy's current one if
+the weights are theirs, else the default stream, or the one that `on` names.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import cuda_sparse, device, execution
+from .cuda_arrays import View, address_of, current_stream, kernels, kind_of, look, on
+from .errors import CudaUnavailableError
+from .kernels import ndarray
+
+__all__ = ["CudaUnavailableError", "on"]
+
+SKIP, NORM, SKIPPED, STRAY = range(4)  # what `Prepared.told` gives, as the kernels' module has it
+
+UNPREPARED = "a step can be captured after one with the same arrays; make one before the capture"
+
+RING = 3  # copies of a table that may be on their way at once
+
+
+class Norm(NamedTuple):
+    """What is asked for of the norm of all gradients: a limit (infinity for none), and a guard."""
+
+    limit: float
+    guard: bool
+
+
+class Scratch:
+    """Some of a device's memory, which is only replaced by more."""
+
+    def __init__(self, gpu: Any) -> None:
+        self._gpu = gpu
+        self.memory: Any = None
+
+    def fit(self, words: int) -> int:
+        """The address of so many words."""
+        if self.memory is None or self.memory.size < 8 * words:
+            self.memory = self._gpu.memory(8 * words + words)  # some more, so that it happens rarely
+        return int(self.memory.address)
+
+
+class Mirror:
+    """Numbers in the device's memory, and what they are written from."""
+
+    def __init__(self, driver_device: Any, words: int) -> None:
+        self.memory = driver_device.memory(8 * words)
+        self._device, self._words = driver_device, words
+        self._ring: list[Any] = []
+
+    def write(self, words: np.ndarray, stream: int) -> None:
+        """Have the numbers copied when the stream gets there; what is copied may change at once."""
+        if len(self._ring) < RING:
+            self._ring.append(self._device.pinned(8 * self._words))
+        else:
+            self._ring.append(self._ring.pop(0))
+            self._ring[-1].settle()
+        self._ring[-1].words[:] = words
+        self.memory.fill(self._ring[-1], stream)
+
+
+class Hyper:
+    """A device's buffer of hyper-parameters."""
+
+    def __init__(self, gpu: Any, length: int) -> None:
+        found = kernels()
+        self.loops, self._launch_of = found.loops, found.driver.Launch
+        self._gpu, self._length, self._rows = gpu, length, 0
+        self._written: Any = None
+        self._launch: Any = None
+        self._earlier: Any = 0  # counts of buffers that were too small
+        self.memory: Any = None
+        self.room = 0
+
+    @property
+    def address(self) -> int:
+        """Where it is."""
+        return int(self.memory.address)
+
+    def fit(self, rows: int) -> None:
+        """Have room for so many rows. Whoever has the address must ask again."""
+        if rows > self._rows:
+            loops = self.loops
+            self._earlier = self.told()[SKIPPED:]
+            self._rows = rows
+            self.room = -(-(loops.HEAD + rows * self._length) // loops.ROOM) * loops.ROOM
+            self.memory = self._gpu.memory(8 * (loops.OUT + 3 * self.room))
+            self._written = None
+            arguments = (self.address, self.room, 0), [0.0] * loops.ROOM
+            self._launch = self._launch_of(self._gpu, loops.set_hyper(), 1, 1, *arguments)
+
+    def holds(self, rows: int) -> bool:
+        """Whether there is room for so many rows."""
+        return rows <= self._rows
+
+    def write(self, rows: np.ndarray, norm: Norm | None, stream: int) -> None:
+        """Have rows written when the stream gets there, if they are not there already."""
+        if (norm, rows.tobytes()) == self._written:
+            return
+        loops = self.loops
+        numbers = np.zeros(self.room)
+        limit, guard = norm or (0.0, False)
+        numbers[: loops.HEAD] = limit, rows[0, 0], float(guard), 0.0
+        numbers[loops.HEAD : loops.HEAD + rows.size] = rows.ravel()
+        for first in range(0, self.room, loops.ROOM):
+            self._launch.set((self.address, self.room, first), numbers[first : first + loops.ROOM].tolist())
+            self._launch(stream)
+        self._written = norm, rows.tobytes()
+
+    def told(self) -> np.ndarray:
+        """What kernels have said; waits for everything on the device."""
+        if self.memory is None:
+            return np.zeros(self.loops.OUT)
+        out = np.frombuffer(self.memory.read(8 * self.loops.OUT), np.float64).copy()
+        out[SKIPPED:] += self._earlier
+        return out
+
+
+# ---------------------------------------------------------------- tables
+
+
+class Table(NamedTuple):
+    """A table that is to be in a device's memory, and the kernels that take it."""
+
+    layout: str  # how the arrays are stored, and the form of sparse gradients
+    members: list[int]
+    entries: np.ndarray
+    lines: (
+        np.ndarray
+    )  # where each tensor's part begins: of elements, of units, of units whose squares are summed
+    kernel: Any
+    squares: Any
+    by_warps: tuple[bool, bool]  # whether warps take the units of these, and not blocks
+    sparse: Sequence[cuda_sparse.Parts] = ()  # the tensors' gradients, if they are sparse
+
+    def like(self, other: Table) -> bool:
+        """Whether it can be where another one was."""
+        mine, theirs = (
+            (self.layout, self.members, len(self.sparse)),
+            (other.layout, other.members, len(other.sparse)),
+        )
+        return mine == theirs
+
+
+def dense_table(rule: execution.Rule, table: device.Table) -> Table:
+    """The table of dense gradients."""
+    loops = kernels().loops
+    sizes = np.diff(table.offsets)
+    chunks = -(-sizes // loops.CHUNK)
+    rows = sizes // np.maximum(table.addresses[:, -2].astype(np.int64), 1)
+    lines = np.stack([table.offsets, _line(rows if rule.per_row else chunks), _line(chunks)])
+    kernel, squares = loops.dense(*rule, table.layout), loops.squares(table.layout.split()[0])
+    by_warps = (rule.per_row, False)
+    return Table(table.layout, table.members.tolist(), table.addresses, lines, kernel, squares, by_warps)
+
+
+def row_tables(
+    rule: execution.Rule, bound: device.Bound, parts: Mapping[int, cuda_sparse.Parts]
+) -> Iterator[Table]:
+    """The tables of sparse gradients, one for all that are alike."""
+    loops, columns = kernels().loops, bound.found.bytes.shape[1]
+    groups: dict[tuple[str, str], list[int]] = {}
+    for t, part in parts.items():
+        layout = device.own_layout(int(bound.found.codes[t]), columns, rule.n_state, bound.stored)
+        groups.setdefault((part.form, layout), []).append(t)
+    for (form, layout), members in groups.items():
+        entries, units = [], []
+        for t in members:
+            arrays = bound.found.addresses[t]
+            own, width = arrays[1 : 1 + len(layout.split())].tolist(), int(arrays[-2])
+            entries.append([*parts[t].head(bound.arrays[1][t].shape[0], keys=0), *own, width, 0])
+            units.append(parts[t].units if width else 0)
+        line = _line(np.array(units))
+        kernel = loops.rows(*rule, layout, form)
+        squares = loops.row_squares(layout.split()[0], form)
+        words = np.array(entries, np.uint64)
+        sparse = [parts[t] for t in members]
+        yield Table(
+            f"{form}: {layout}", members, words, np.stack([line] * 3), kernel, squares, (True, True), sparse
+        )
+
+
+def _line(counts: np.ndarray) -> np.ndarray:
+    """Where each one's part of a long line begins, and where the line ends."""
+    line = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=line[1:])
+    return line
+
+
+class Placed:
+    """A table in the device's memory, with the launches that take it."""
+
+    def __init__(self, gpu: Any, hyper: Hyper, table: Table) -> None:
+        self._gpu, self._hyper = gpu, hyper
+        self._mirror = Mirror(gpu, table.entries.size + table.lines.size)
+        self._keys = Scratch(gpu)
+        self._which: list[int] = []
+        self.table = table
+        self.sorting: list[Any] = []  # launches, before those that sum squares
+        self.launch: Any = None
+
+    def take(self, table: Table) -> None:
+        """Have another one like it."""
+        self.table, self._which, self.sorting = table, [], []
+        sorted_ones = [(k, parts) for k, parts in enumerate(table.sparse) if parts.form.startswith("keys")]
+        place = self._keys.fit(sum(2 * parts.units for _, parts in sorted_ones)) if sorted_ones else 0
+        for k, parts in sorted_ones:
+            table.entries[k, 3] = self._sort(table.entries[k], parts, place)
+            place += 16 * parts.units
+
+    def _sort(self, entry: np.ndarray, parts: cuda_sparse.Parts, place: int) -> int:
+        """Have a gradient's keys sorted, in memory for twice as many; says where they are then."""
+        loops, count, run = kernels().loops, parts.units, 1
+        source, target = place, place + 8 * count
+        first = (int(entry[1]), count, int(entry[4]), source)
+        self.sorting.append(self._over(loops.keys(parts.integers), count, first))
+        while run < count:
+            self.sorting.append(self._over(loops.merge(), count, (source, count, run, target)))
+            source, target, run = target, source, 2 * run
+        return source
+
+    def _over(self, kernel: Any, units: int, arguments: tuple[int, ...], by_warps: bool | None = None) -> Any:
+        """A launch over so many units: of warps, of blocks, or (None) of threads."""
+        loops = kernels().loops
+        threads = loops.WARP * loops.WARPS if by_warps else loops.THREADS
+        share = loops.WARPS if by_warps else loops.THREADS if by_warps is None else 1
+        blocks = min(-(-units // share), self._gpu.processors * 8)
+        return kernels().driver.Launch(self._gpu, kernel, blocks, threads, arguments)
+
+    def place(self, which: list[int], stream: int) -> None:
+        """Have the table as it should be when the stream gets there, with these rows for its tensors."""
+        if self._which != which:
+            self.table.entries[:, -1] = which
+            words = [self.table.entries.view(np.int64).ravel(), self.table.lines.ravel()]
+            self._mirror.write(np.concatenate(words), stream)
+            self._which = which
+        units = int(self.table.lines[1, -1])
+        arguments = (*self._arguments(1), self._hyper.address, self._hyper.room)
+        self.launch = self._over(self.table.kernel, units, arguments, self.table.by_warps[0])
+
+    def _arguments(self, line: int) -> tuple[int, ...]:
+        """The table, its columns, the lines, and how many tensors there are."""
+        table = self._mirror.memory.address
+        tensors, columns = self.table.entries.shape
+        offsets = table + 8 * self.table.entries.size
+        return table, columns, offsets, offsets + 8 * line * (tensors + 1), tensors
+
+    @property
+    def sums(self) -> int:
+        """How many sums of squares of the gradients there are."""
+        return int(self.table.lines[2, -1])
+
+    def squares(self, partial: int) -> Any:
+        """The launch that sums the squares of the gradients, for each unit."""
+        arguments = (*self._arguments(2), partial)
+        return self._over(self.table.squares, self.sums, arguments, self.table.by_warps[1])
+
+
+class Part:
+    """Those arrays of a call that are on one device: tables there, and launches."""
+
+    def __init__(self, rule: execution.Rule, gpu: Any, members: list[int]) -> None:
+        self.rule, self.gpu, self.members = rule, gpu, members
+        self.hyper = Hyper(gpu, 3 + rule.n_hyper)
+        self.placed: list[Placed] = []
+        self.made_on: set[int] = set()
+        self.weight: Callable[[], Any] = lambda: None
+        self._found: Found | None = None
+        self._ready_for: Any = None  # rows of hyper-parameters, and where those are
+        self._last: int | None = None
+        self._partial = Scratch(gpu)
+        self._norm: list[Any] = []
+
+    def hold(self, found: Found, weight: Any) -> None:
+        """Take other arrays."""
+        tables = [dense_table(self.rule, table) for table in found.bound.tables]
+        tables += row_tables(self.rule, found.bound, found.parts)
+        before, self.placed = self.placed, []
+        for table in tables:
+            placed = next((old for old in before if old.table.like(table)), None)
+            self.placed.append(placed or Placed(self.gpu, self.hyper, table))
+            self.placed[-1].take(table)
+        self.made_on, self.weight, self._norm = found.made_on, _weakly(weight), []
+        self._found, self._ready_for = found, None
+
+    def retake(self, places: np.ndarray) -> bool:
+        """Take other gradients, which are like the last ones; False if they cannot be taken as they are."""
+        found = self._found
+        if found is None or found.parts or self.gpu.capturing(self.stream()):
+            return False
+        survey, held = found.bound.found, found.bound.found.bytes[:, 0]
+        sizes = np.maximum(held // np.maximum(survey.sizes, 1), 1).astype(np.uint64)
+        survey.addresses[held > 0, 0] = places[held > 0]
+        if (places % sizes)[held > 0].any() or ndarray.overlapping(survey):
+            return False
+        for table in found.bound.tables:
+            table.addresses[:, 0] = survey.addresses[table.members, 0]
+        self.hold(found, self.weight())
+        return True
+
+    def give_up(self) -> Any:
+        """All that launches have the addresses of, which it will not use again."""
+        kept = (self.placed, self._partial, self.hyper.memory)
+        self.placed, self._partial, self._norm = [], Scratch(self.gpu), []
+        self._found = self._ready_for = None
+        return kept
+
+    def stream(self) -> int:
+        """The caller's stream."""
+        return current_stream(self.weight(), self.gpu.number)
+
+    def write(self, rows: np.ndarray, which: Sequence[int], norm: Norm | None, stream: int) -> None:
+        """Have hyper-parameters and tables in place when the stream gets there."""
+        if self._last is not None and stream != self._last:
+            self.gpu.after(stream, self._last)
+        for other in self.made_on - {stream}:
+            self.gpu.after(stream, other)
+        self._last = stream
+        self.hyper.fit(len(rows))
+        if not self.ready(which, None):
+            for placed in self.placed:
+                placed.place([which[self.members[k]] for k in placed.table.members], stream)
+            self._ready_for = (list(which), self.hyper.address)
+        self.hyper.write(rows, norm, stream)
+        if norm is not None and not self._norm:
+            self._norm = self._norm_launches()
+
+    def ready(self, which: Sequence[int], norm: Norm | None) -> bool:
+        """Whether all is in place, but for the values of hyper-parameters."""
+        at = None if self.hyper.memory is None else self.hyper.address
+        return self._ready_for == (which, at) and (norm is None or bool(self._norm))
+
+    def launch(self, norm: Norm | None, stream: int) -> None:
+        """Launch the kernels of a step: nothing else happens to the stream."""
+        sorting = [launch for placed in self.placed for launch in placed.sorting]
+        updates = [placed.launch for placed in self.placed]
+        for launch in (*sorting, *(self._norm if norm is not None else ()), *updates):
+            launch(stream)
+
+    def _norm_launches(self) -> list[Any]:
+        """What sums the squares of all gradients, and what settles what follows from that."""
+        loops, launch_of = kernels().loops, kernels().driver.Launch
+        count = sum(placed.sums for placed in self.placed)
+        partial, before = self._partial.fit(max(count, 1)), 0
+        launches = []
+        for placed in self.placed:
+            launches.append(placed.squares(partial + 8 * before))
+            before += placed.sums
+        length = 3 + self.rule.n_hyper
+        arguments = (self.hyper.address, self.hyper.room, length, partial, count)
+        return [*launches, launch_of(self.gpu, loops.clip_norm(), 1, loops.THREADS, arguments)]
+
+
+def _weakly(value: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
+class Prepared:
+    """The arrays of a call, checked, with all that it takes to launch kernels on them.
+
+    It keeps no array alive. Arrays that it has seen are known by their objects and addresses.
+    """
+
+    def __init__(self, rule: execution.Rule) -> None:
+        self.rule = rule
+        self.parts: list[Part] = []
+        self._parts: dict[int, Part] = {}  # of devices
+        self._known: list[Known] = []  # the columns that it is ready for
+        self._kinds: list[Any] = []  # of the gradients
+        self._captured: list[tuple[Hyper, int, Part]] = []
+        self._captured_which: list[int] = []
+        self._kept: list[Any] = []  # what graphs have the addresses of
+
+    def take(self, request: device.Request) -> None:
+        """Be ready for the arrays of a request; nothing is launched. Errors as in `bind`."""
+        grads, *rest = request.columns
+        known, self._known = self._known, []
+        same = bool(known) and all(map(Known.same, known[1:], rest))
+        if same and known[0].same(grads):
+            self._known = known
+            return
+        if not (same and self._take_gradients(grads)):
+            self._take_all(request)
+        try:
+            self._known = [Known(grads), *(known[1:] if same else map(Known, rest))]
+        except (TypeError, AttributeError):  # no telling whether an object is still the same
+            return
+
+    def _take_all(self, request: device.Request) -> None:
+        columns = request.columns
+        self.parts = []
+        for found in bind(request):
+            gpu = kernels().driver.device(found.device)
+            if gpu.capturing(current_stream(columns[1][found.members[0]], found.device)):
+                raise RuntimeError(UNPREPARED)
+            part = self._parts.get(found.device)
+            if part is None or part.members != found.members:
+                part = Part(self.rule, gpu, found.members)
+                self._parts[found.device] = part
+            part.hold(found, columns[1][found.members[0]])
+            self.parts.append(part)
+        self._kinds = list(map(kind_of, columns[0]))
+
+    def _take_gradients(self, grads: Sequence[Any]) -> bool:
+        """Be ready for new gradients like the last ones; False if that takes a closer look."""
+        if None in self._kinds or list(map(kind_of, grads)) != self._kinds:
+            return False
+        places = np.array(list(map(address_of, grads)), np.uint64)
+        return all(part.retake(places[part.members]) for part in self.parts)
+
+    def run(self, hyper: Any, which: Sequence[int], norm: Norm | None = None, graphs: bool = True) -> bool:
+        """Launch a step. False if it went into a graph: then nothing else did, and nothing else happened."""
+        if norm is not None and len(self.parts) > 1:
+            numbers = ", ".join(str(part.gpu.number) for part in self.parts)
+            raise ValueError(
+                "clip_global_norm and skip_nonfinite need all parameters on one device, "
+                f"but they are on CUDA devices {numbers}"
+            )
+        streams = [part.stream() for part in self.parts]
+        captured = [part.gpu.capturing(at) for part, at in zip(self.parts, streams, strict=True)]
+        if any(captured):
+            if not graphs:
+                raise RuntimeError("only a step of a Trainer can be captured in a CUDA graph")
+            if not all(captured) or not all(part.ready(which, norm) for part in self.parts):
+                raise RuntimeError(UNPREPARED)
+            self._captured = [(part.hyper, part.hyper.address, part) for part in self.parts]
+            self._captured_which = list(which)
+        rows = np.asarray(hyper, np.float64)
+        for part, stream, kept in zip(self.parts, streams, captured, strict=True):
+            with part.gpu.current():
+                if not kept:
+                    part.write(rows, which, norm, stream)
+                part.launch(norm, stream)
+        if any(captured):  # the graph has the tables for itself: later steps make others
+            self._kept += [part.give_up() for part in self.parts]
+            self._known = []
+        return not any(captured)
+
+    def refresh(self, hyper: Any, which: Sequence[int], norm: Norm | None) -> None:
+        """Have hyper-parameters in place for the step that was captured last."""
+        rows = np.asarray(hyper, np.float64)
+        same = all(buffer.address == at and buffer.holds(len(rows)) for buffer, at, _ in self._captured)
+        if not same or list(which) != self._captured_which:
+            raise ValueError("other groups of hyper-parameters are in use since the step was captured")
+        for buffer, _, part in self._captured:
+            with part.gpu.current():
+                buffer.write(rows, norm, part.stream())
+
+    def norm(self) -> float:
+        """The norm of the last step's gradients; waits for the device."""
+        return float(self.parts[0].hyper.told()[NORM])
+
+    def told(self) -> np.ndarray:
+        """What the kernels of all devices have said, added up; waits for the devices."""
+        return np.sum([part.hyper.told() for part in self._parts.values()], axis=0)
+
+
+class Known:
+    """The arrays of a column, by their objects and addresses; none is kept alive by it."""
+
+    def __init__(self, column: Sequence[Any]) -> None:
+        self._gone: list[Any] = []
+        tensors = all(hasattr(value, "data_ptr") for value in column)
+        self._read = methodcaller("data_ptr") if tensors else _place_of
+        self._ids, self._places = list(map(id, column)), list(map(self._read, column))
+        self._refs = [weakref.ref(value, self._gone.append) for value in _parts(column)]
+
+    def same(self, column: Sequence[Any]) -> bool:
+        """Whether these are the same arrays, where they were."""
+        if self._gone or list(map(id, column)) != self._ids:
+            return False
+        return list(map(self._read, column)) == self._places
+
+
+def _parts(column: Sequence[Any]) -> Iterator[Any]:
+    """All arrays of a column, and sparse gradients with theirs."""
+    for value in column:
+        if value is not None:
+            yield value
+            if cuda_sparse.is_sparse(value):
+                yield from cuda_sparse.arrays_of(value)
+
+
+def _place_of(value: Any) -> Any:
+    """Where an array is, or the arrays that a sparse gradient is made of."""
+    if value is None:
+        return 0
+    if cuda_sparse.is_sparse(value):
+        return [(id(array), address_of(array)) for array in cuda_sparse.arrays_of(value)]
+    return address_of(value)
+
+
+class Found(NamedTuple):
+    """The arrays of a call that are on one device, checked."""
+
+    device: int
+    members: list[int]  # positions of what is there
+    bound: device.Bound
+    parts: dict[int, cuda_sparse.Parts]  # of sparse gradients, by position among those
+    made_on: set[int]  # streams on which arrays are said to be in the making
+
+
+def bind(request: device.Request) -> list[Found]:
+    """The arrays of a call, all of it checked, by device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `numba_opt.device.bind`; or an array is on the host, or on another device than its weight.
+    """
+    request, given = _take_sparse(request)
+    views = _views(request)
+    parts = {}
+    for t, grad in given.items():
+        weight = views[1][t]
+        assert weight is not None
+        parts[t] = cuda_sparse.parts_of(grad, weight, f"gradient of {request.label(t)}")
+    apart = {t: [view.shadow for view in part.views] for t, part in parts.items()}
+    request = request._replace(apart={**request.apart, **apart})
+    where = [view.device for view in views[1] if view is not None]
+    found = []
+    for number in sorted(set(where)):
+        members = [t for t, place in enumerate(where) if place == number]
+        own = [[column[t] for t in members] for column in views]
+        held = [view for column in own for view in column if view is not None]
+        here = {k: parts[t] for k, t in enumerate(members) if t in parts}
+        held += [view for part in here.values() for view in part.views]
+        bound = device.bind(_shadows(request, own, members))
+        found.append(Found(number, members, bound, here, {view.stream for view in held if view.stream}))
+    return found
+
+
+def _take_sparse(request: device.Request) -> tuple[device.Request, dict[int, Any]]:
+    """A request without its sparse gradients, and those."""
+    grads = request.columns[0]
+    sparse = {t: grad for t, grad in enumerate(grads) if cuda_sparse.is_sparse(grad)}
+    rest = [None if t in sparse else grad for t, grad in enumerate(grads)]
+    apart = {**request.apart, **dict.fromkeys(sparse, ())}
+    return request._replace(columns=[rest, *request.columns[1:]], apart=apart), sparse
+
+
+def check(request: device.Request) -> None:
+    """What `bind` would refuse, but for gradients, refused."""
+    bind(request._replace(apart=dict.fromkeys(range(len(request.columns[1])), ())))
+
+
+def _views(request: device.Request) -> list[list[View | None]]:
+    """What is known of all arrays of a request, each one where its weight is."""
+
+    def may_lack(c: int, t: int) -> bool:
+        return c == 2 + request.n_state or (c == 0 and t in request.apart)
+
+    names = request.names()
+    views = [
+        [
+            None if value is None and may_lack(c, t) else look(value, f"{name} of {request.label(t)}")
+            for t, value in enumerate(column)
+        ]
+        for c, (name, column) in enumerate(zip(names, request.columns, strict=True))
+    ]
+    for name, column in zip(names, views, strict=True):
+        for t, (view, weight) in enumerate(zip(column, views[1], strict=True)):
+            if view is not None and weight is not None and view.device != weight.device and view.shadow.size:
+                raise ValueError(
+                    f"{name} of {request.label(t)} is on CUDA device {view.device}; "
+                    f"expected device {weight.device}, as the weight"
+                )
+    return views
+
+
+def _shadows(request: device.Request, views: list[list[View | None]], members: list[int]) -> device.Request:
+    """The part of a request for some positions, with what stands for its arrays."""
+    return request._replace(
+        columns=[[None if view is None else view.shadow for view in column] for column in views],
+        label=lambda k: request.label(members[k]),
+        apart={k: request.apart[t] for k, t in enumerate(members) if t in request.apart},
+    )

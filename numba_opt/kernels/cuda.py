@@ -1,0 +1,638 @@
+"""The loops of a GPU: which elements are updated, by which thread. The names are those of the CPU's loops.
+
+A table is what `numba_opt.kernels.cpu` says, in the device's memory, and the rules and what a gradient goes
+through before it gets to one are the same functions. A tensor is cut into units: `dense` takes CHUNK elements
+as one, which a block shares, so that inside it 32-bit indices do; rules that need a row's mean square, and
+sparse gradients, take a row, which a warp shares. One launch serves all tensors of a table: units count as
+one long line, and whoever is free takes the next one of its own, finding the tensor by bisection.
+
+Kernels get int64 and nothing else, addresses and numbers, which is what makes a launch cheap to prepare, and
+hyper-parameters from the device's memory, where `set_hyper` writes them: nothing is compiled anew when they
+change, and a captured graph sees new ones. Products and sums are not contracted, so that a GPU gives the
+CPU's bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda
+from numba.cuda.extending import register_jitable
+
+from .cuda_elements import ACCESS, SIZES, aligned, from_other, load, moved, numbers, put, store
+from .elements import prepare
+from .scalar import sqrt
+
+CHUNK = 4096  # elements: 16 for each thread of a block
+THREADS = 256
+WARP = 32
+WARPS = 4  # in a block that updates rows
+SUMS = THREADS // WARP  # of warps, that a block adds
+
+# A buffer of hyper-parameters begins with what kernels say, in OUT words. Then come three parts of the same
+# length: float64 as given, float64 as used, float32 as used. Each one has HEAD numbers and the rows.
+OUT, HEAD = 4, 4
+SKIP, NORM, SKIPPED, STRAY = range(
+    4
+)  # float64: whether to change nothing; the norm; how many steps were skipped; whether a row led outside
+LIMIT, RESCALE, GUARD = range(3)  # of the norm; what gradients are multiplied by; whether to skip non-finite
+ROOM = 16  # numbers that one launch of `set_hyper` writes
+
+HEADER = 6  # numbers before the addresses of arrays, in the table of `rows`
+
+PLACE = (1 << 32) - 1  # the bits of a key that say where a touched row's part is; those above are the row
+
+prepare = register_jitable(prepare)
+u4 = np.uint32
+
+
+class Kernel(NamedTuple):
+    """A kernel that is yet to be compiled: a function of int64 and float64, and what tells it apart."""
+
+    function: Callable[..., Any]
+    key: tuple[Any, ...]
+    integers: int
+    reals: int = 0
+
+
+def lanes_of(layout: str) -> int:
+    """How many elements an access of 16 bytes holds, of the array with the smallest ones."""
+    return ACCESS // min(SIZES[code] for code in layout.split())
+
+
+def compute_code(weight: str) -> str:
+    """The precision in which a rule is evaluated: double for double weights, else single."""
+    return "f8" if weight == "f8" else "f4"
+
+
+# ---------------------------------------------------------------- what loops are made of
+
+
+@register_jitable
+def number_at(address, k):
+    """The int64 number `k` from an address on."""
+    return numbers(address + 8 * k, "i8", 1)[0]
+
+
+@register_jitable
+def tensor_at(starts, tensors, unit):
+    """Which tensor holds a unit of the long line: the last one that starts at or before it."""
+    low, high = 0, tensors
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if number_at(starts, middle) <= unit:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@register_jitable
+def over_warp(number):
+    """The sum of the numbers that a warp's threads have, always in the same order; all of them get it."""
+    mask = 1
+    while mask < WARP:
+        number = number + from_other(number, np.int32(mask))
+        mask = mask << 1
+    return number
+
+
+@register_jitable
+def over_block(number):
+    """The sum of the numbers that a block's threads have, always in the same order; thread 0 gets it."""
+    sums = cuda.shared.array(SUMS, np.float64)
+    number = over_warp(number)
+    if cuda.threadIdx.x % WARP == 0:
+        sums[cuda.threadIdx.x // WARP] = number
+    cuda.syncthreads()
+    total = np.float64(0)
+    if cuda.threadIdx.x == 0:
+        k = 0
+        while k < cuda.blockDim.x // WARP:
+            total = total + sums[k]
+            k += 1
+    cuda.syncthreads()
+    return total
+
+
+@register_jitable
+def first_row():
+    """The first unit of a warp that takes rows, and how many warps there are."""
+    warps = np.int64(cuda.blockDim.x // WARP)
+    return cuda.blockIdx.x * warps + cuda.threadIdx.x // WARP, cuda.gridDim.x * warps
+
+
+def for_each(lanes: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``(function(a[0], b[0], x), function(a[1], b[1], x), ...)``, for so many of them, written out."""
+    function = register_jitable(function)
+    if lanes == 1:
+        return register_jitable(lambda a, b, x: (function(a[0], b[0], x),))
+    middle = lanes // 2
+    half = for_each(middle, function)
+    return register_jitable(lambda a, b, x: half(a[:middle], b[:middle], x) + half(a[middle:], b[middle:], x))
+
+
+def sum_of(lanes: int) -> Callable[..., Any]:
+    """The sum of a tuple of so many numbers."""
+    if lanes == 1:
+        return register_jitable(lambda a: a[0])
+    middle = lanes // 2
+    half = sum_of(middle)
+    return register_jitable(lambda a: half(a[:middle]) + half(a[middle:]))
+
+
+def n_hyper(rule: Callable[..., Any], n_state: int, per_row: bool) -> int:
+    """The length of a rule's row of hyper-parameters: three that all have, and its own."""
+    return 3 + rule.__code__.co_argcount - 2 - n_state - int(per_row)
+
+
+def hyper_row(length: int, weight: str) -> Callable[..., Any]:
+    """What reads a row of hyper-parameters from their buffer, whose parts have room for so many numbers."""
+    code = compute_code(weight)
+    size, parts = SIZES[code], 1 if code == "f8" else 2
+
+    @register_jitable
+    def row(hyper, room, number):
+        first = hyper + 8 * (OUT + parts * room)
+        return numbers(first + size * (HEAD + length * number), code, length)
+
+    return row
+
+
+def walk(code: str, own: str, visit: Callable[[int], Any], gather: Any = None) -> Callable[..., Any]:
+    """A walk over `n` consecutive elements by every `stride`-th thread from `thread` on.
+
+    ``walk(source, array, n, thread, stride, x)`` calls ``visit(lanes)(grads, array, i, x)`` for each group of
+    elements, at 16 bytes an access where all arrays allow it, and sums what comes back. The source of
+    gradients is their address, and `code` how they are stored, unless `gather` knows how to come by single
+    ones.
+    """
+    lanes = 1 if gather else lanes_of(f"{code} {own}")
+    real = real_of(own.split()[0]) if own else np.float64
+    narrow, one = visit(1), gather or register_jitable(lambda source, i: load(source, code, i, 1))
+    if lanes > 1:
+        wide, many = visit(lanes), register_jitable(lambda source, i: load(source, code, i, lanes))
+
+    @register_jitable
+    def by_one(source, array, i, n, stride, x):
+        total = real(0)
+        while i < n:
+            total = total + narrow(one(source, i), array, i, x)
+            i = u4(i + stride)
+        return total
+
+    @register_jitable
+    def run(source, array, n, thread, stride, x):
+        total = real(0)
+        groups = u4(n // u4(lanes)) if aligned(source + array) else u4(0)
+        i = thread
+        while i < groups:
+            total = total + wide(many(source, i), array, i, x)
+            i = u4(i + stride)
+        return total + by_one(source, array, u4(groups * u4(lanes) + thread), n, stride, x)
+
+    @register_jitable
+    def run_by_one(source, array, n, thread, stride, x):
+        return by_one(source, array, thread, n, stride, x)
+
+    return run if lanes > 1 else run_by_one
+
+
+def real_of(weight: str) -> Any:
+    """The type of a rule's numbers."""
+    return np.float64 if weight == "f8" else np.float32
+
+
+def updating(rule: Callable[..., Any], n_value: int, own: str) -> Callable[[int], Any]:
+    """What a walk does to update elements by a rule. `own` is how what changes is stored: a weight and the
+    states that go with its elements, `n_value` arrays in all, and perhaps a copy of the weight."""
+    codes = own.split()
+    values, copied = " ".join(codes[:n_value]), " ".join(codes[n_value:])
+    real, rule = real_of(codes[0]), register_jitable(rule)
+
+    def step(grad, value, x):
+        g = prepare(real(grad[0]), value[0], x[0], x[1], x[2])
+        return rule(value[0], g, *value[1:], *x[3:])
+
+    def visit(lanes: int) -> Any:
+        each = for_each(lanes, step)
+
+        @register_jitable
+        def update(grads, array, i, x):
+            out = each(grads, load(array[:n_value], values, i, lanes), x)
+            store(array[:n_value], values, i, out)
+            store(array[n_value:], copied, i, out)
+            return real(0)
+
+        return update
+
+    return visit
+
+
+def squaring(weight: str) -> Callable[[int], Any]:
+    """What a walk does to sum the squares of the gradients that a rule would see."""
+    real = real_of(weight)
+
+    def square(grad, value, x):
+        g = prepare(real(grad[0]), value[0], x[0], x[1], x[2])
+        return g * g
+
+    def visit(lanes: int) -> Any:
+        each, total = for_each(lanes, square), sum_of(lanes)
+        return register_jitable(
+            lambda grads, array, i, x: total(each(grads, load(array[:1], weight, i, lanes), x))
+        )
+
+    return visit
+
+
+def squaring_alone(lanes: int) -> Any:
+    """What a walk does to sum the squares of gradients as they come, in double precision."""
+
+    def square(grad, value, x):
+        return np.float64(grad[0]) * np.float64(grad[0])
+
+    each, total = for_each(lanes, square), sum_of(lanes)
+    return register_jitable(lambda grads, array, i, x: total(each(grads, grads, x)))
+
+
+def row_step(
+    rule: Callable[..., Any], n_state: int, per_row: bool, own: str, code: str, gather: Any = None
+) -> Any:
+    """One row's update by a warp: ``row(source, array, r, width, h)``, for row `r` of a tensor.
+
+    With `per_row` its mean square comes first, then its elements; the states are one number each.
+    """
+    codes = own.split()
+    end, real, thread_bits = 1 + n_state, real_of(codes[0]), u4(WARP - 1)
+    if not per_row:
+        update = walk(code, own, updating(rule, end, own), gather)
+
+        @register_jitable
+        def element_row(source, array, r, width, h):
+            thread = u4(cuda.threadIdx.x) & thread_bits
+            update(source, moved(array, own, r * width), u4(width), u4(thread), u4(WARP), h)
+
+        return element_row
+    wide, narrow = " ".join([codes[0], *codes[end:]]), " ".join(codes[1:end])
+    squares = walk(code, wide, squaring(codes[0]), gather)
+    update = walk(code, wide, updating(rule, 1, wide), gather)
+    rule = register_jitable(rule)
+
+    @register_jitable
+    def reduced_row(source, array, r, width, h):
+        thread, n = u4(u4(cuda.threadIdx.x) & thread_bits), u4(width)
+        state_at = moved(array[1:end], narrow, r)
+        state = load(state_at, narrow, u4(0), 1)[0]
+        here = moved(array[:1] + array[end:], wide, r * width)
+        mean_square = over_warp(squares(source, here, n, thread, u4(WARP), h)) / real(width)
+        update(source, here, n, thread, u4(WARP), h[:3] + state + (mean_square,) + h[3:])
+        if thread == 0:  # the states' update does not depend on the element
+            out = rule(real(0), real(0), *state, mean_square, *h[3:])
+            store(state_at, narrow, u4(0), (out[1:],))
+
+    return reduced_row
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@functools.cache
+def dense(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) -> Kernel:
+    """The kernel that applies a rule to all elements of all tensors of a table.
+
+    ``kernel(table, columns, offsets, starts, tensors, hyper, room)``: a table of so many columns; its
+    tensors' first elements on the CPU's long line, and their first units on this one; the buffer of
+    hyper-parameters.
+    """
+    make = _row_kernel if per_row else _element_kernel
+    return Kernel(make(rule, n_state, layout), ("dense", rule, n_state, per_row, layout), 7)
+
+
+def _element_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
+    code, _, own = layout.partition(" ")
+    n_array, end = len(layout.split()), 1 + n_state
+    row = hyper_row(n_hyper(rule, n_state, False), own.split()[0])
+    update = walk(code, own, updating(rule, end, own))
+
+    def kernel(table, columns, offsets, starts, tensors, hyper, room):
+        if number_at(hyper, SKIP) != 0:
+            return
+        chunks = number_at(starts, tensors)
+        chunk = np.int64(cuda.blockIdx.x)
+        while chunk < chunks:
+            t = tensor_at(starts, tensors, chunk)
+            entry = table + 8 * columns * t
+            first = (chunk - number_at(starts, t)) * CHUNK
+            left = number_at(offsets, t + 1) - number_at(offsets, t) - first
+            array = moved(numbers(entry, "i8", n_array), layout, first)
+            h = row(hyper, room, number_at(entry, columns - 1))
+            thread, stride = u4(cuda.threadIdx.x), u4(cuda.blockDim.x)
+            update(array[:1], array[1:], u4(min(left, CHUNK)), thread, stride, h)
+            chunk += cuda.gridDim.x
+
+    return kernel
+
+
+def _row_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
+    code, _, own = layout.partition(" ")
+    n_array = len(layout.split())
+    read = hyper_row(n_hyper(rule, n_state, True), own.split()[0])
+    step = row_step(rule, n_state, True, own, code)
+
+    def kernel(table, columns, offsets, starts, tensors, hyper, room):
+        if number_at(hyper, SKIP) != 0:
+            return
+        rows = number_at(starts, tensors)
+        row, stride = first_row()
+        while row < rows:
+            t = tensor_at(starts, tensors, row)
+            entry = table + 8 * columns * t
+            r, width = row - number_at(starts, t), number_at(entry, columns - 2)
+            array = numbers(entry, "i8", n_array)
+            h = read(hyper, room, number_at(entry, columns - 1))
+            step(moved(array[:1], code, r * width), array[1:], r, width, h)
+            row += stride
+
+    return kernel
+
+
+@functools.cache
+def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, form: str) -> Kernel:
+    """The kernel that applies a rule to the rows that sparse gradients touch; `layout` is without gradients.
+
+    Arguments as in `dense`. A row of the table begins with HEADER numbers: the addresses of the gradient's
+    numbers, of row numbers or of where a CSR matrix's rows begin, of columns, and of keys as `sort` leaves
+    them; then how many rows the tensor has and how many parts there are. The weight, the states and perhaps
+    the copy come next. A unit is a part, or a row of a CSR matrix.
+
+    Forms: ``"rows i8 f4"``, a block of float32 whose rows are all different ones, numbered by int64; ``"keys
+    f4"``, one whose rows may come more than once: whoever meets the first of a row's keys sums them in order;
+    ``"csr i4 f4"``. Rows that lead outside are left out, and STRAY says so.
+    """
+    kind, *index, code = form.split()
+    n_array, weight = len(layout.split()), layout.split()[0]
+    read = hyper_row(n_hyper(rule, n_state, per_row), weight)
+    source_of, gather = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
+    step = row_step(rule, n_state, per_row, layout, code, gather)
+
+    def kernel(table, columns, offsets, starts, tensors, hyper, room):
+        if number_at(hyper, SKIP) != 0:
+            return
+        units = number_at(starts, tensors)
+        unit, stride = first_row()
+        while unit < units:
+            t = tensor_at(starts, tensors, unit)
+            entry = table + 8 * columns * t
+            width = number_at(entry, columns - 2)
+            head = numbers(entry, "i8", HEADER)
+            row, source = source_of(head, unit - number_at(starts, t), width)
+            if row == STRAYED:
+                put(hyper + 8 * STRAY, "f8", (1.0,))
+            elif row != NOTHING:
+                h = read(hyper, room, number_at(entry, columns - 1))
+                step(source, numbers(entry + 8 * HEADER, "i8", n_array), row, width, h)
+            unit += stride
+
+    return Kernel(kernel, ("rows", rule, n_state, per_row, layout, form), 7)
+
+
+NOTHING, STRAYED = -1, -2  # instead of the number of a row
+
+
+def _by_rows(code: str, place: str, real: Any) -> Any:
+    """Gradients in a block whose rows are all different ones."""
+    size, wide = SIZES[code], SIZES[place]
+
+    @register_jitable
+    def source(head, k, width):
+        row = np.int64(numbers(head[1] + wide * k, place, 1)[0])
+        return row if 0 <= row < head[4] else STRAYED, (head[0] + size * k * width,)
+
+    return source, None
+
+
+def _by_keys(code: str, place: str, real: Any) -> Any:
+    """Gradients in a block whose rows may come more than once."""
+    size = SIZES[code]
+
+    @register_jitable
+    def source(head, k, width):
+        row = number_at(head[3], k) >> 32
+        if k > 0 and number_at(head[3], k - 1) >> 32 == row:
+            row = np.int64(NOTHING)
+        elif row >= head[4]:
+            row = np.int64(STRAYED)
+        return row, (head[0], head[3], k, head[5], width)
+
+    @register_jitable
+    def gather(source, j):
+        data, keys, k, parts, width = source
+        row = number_at(keys, k) >> 32
+        total = real(0)
+        while k < parts and number_at(keys, k) >> 32 == row:
+            part = number_at(keys, k) & PLACE
+            total = total + real(numbers(data + size * (part * width + np.int64(j)), code, 1)[0])
+            k += 1
+        return ((total,),)
+
+    return source, gather
+
+
+def _by_csr(code: str, place: str, real: Any) -> Any:
+    """Gradients in the entries of a CSR matrix."""
+    size, wide = SIZES[code], SIZES[place]
+
+    @register_jitable
+    def source(head, k, width):
+        begin = np.int64(numbers(head[1] + wide * k, place, 1)[0])
+        end = np.int64(numbers(head[1] + wide * (k + 1), place, 1)[0])
+        row = k if begin < end else np.int64(NOTHING)
+        if begin < 0 or begin > end or end > head[5]:
+            row = np.int64(STRAYED)
+        return row, (head[0], head[2], begin, end)
+
+    @register_jitable
+    def gather(source, j):
+        data, columns, p, end = source
+        total = real(0)
+        while p < end:  # whoever has column j looks for it: no scratch memory, and always the same order
+            if np.int64(numbers(columns + wide * p, place, 1)[0]) == j:
+                total = total + real(numbers(data + size * p, code, 1)[0])
+            p += 1
+        return ((total,),)
+
+    return source, gather
+
+
+SOURCES = {"rows": _by_rows, "keys": _by_keys, "csr": _by_csr}
+
+
+@functools.cache
+def keys(place: str) -> Kernel:
+    """The kernel that makes keys of row numbers: the row in the upper half, its place in the lower one.
+
+    ``kernel(rows, count, height, out)``. Rows outside come after all others, as if their number were
+    `height`.
+    """
+    wide = SIZES[place]
+
+    def kernel(rows, count, height, out):
+        k = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        while k < count:
+            row = np.int64(numbers(rows + wide * k, place, 1)[0])
+            row = row if 0 <= row < height else height
+            put(out + 8 * k, "i8", ((row << 32) | k,))
+            k += np.int64(cuda.gridDim.x) * cuda.blockDim.x
+
+    return Kernel(kernel, ("keys", place), 4)
+
+
+@functools.cache
+def merge() -> Kernel:
+    """The kernel that merges sorted runs of `run` keys, all different, two and two.
+
+    ``kernel(keys, count, run, out)``. A key's place among those of the other run is found by bisection, so
+    that each one goes straight to where it belongs.
+    """
+
+    def kernel(keys, count, run, out):
+        k = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        while k < count:
+            key = number_at(keys, k)
+            other = ((k // run) ^ 1) * run  # where the other run begins
+            low, high = min(other, count), min(other + run, count)
+            first = low
+            while low < high:
+                middle = (low + high) >> 1
+                if number_at(keys, middle) < key:
+                    low = middle + 1
+                else:
+                    high = middle
+            begin = k // (2 * run) * (2 * run)
+            put(out + 8 * (begin + k % run + low - first), "i8", (key,))
+            k += np.int64(cuda.gridDim.x) * cuda.blockDim.x
+
+    return Kernel(kernel, ("merge",), 4)
+
+
+@functools.cache
+def squares(code: str) -> Kernel:
+    """The kernel that sums the squares of all gradients of a table, stored as `code` says.
+
+    ``kernel(table, columns, offsets, starts, tensors, partial)`` writes the sum of each chunk, in double
+    precision, from the address `partial` on.
+    """
+
+    of_chunk = walk(code, "", squaring_alone)
+
+    def kernel(table, columns, offsets, starts, tensors, partial):
+        chunks = number_at(starts, tensors)
+        chunk = np.int64(cuda.blockIdx.x)
+        while chunk < chunks:
+            t = tensor_at(starts, tensors, chunk)
+            entry = table + 8 * columns * t
+            first = (chunk - number_at(starts, t)) * CHUNK
+            left = number_at(offsets, t + 1) - number_at(offsets, t) - first
+            array = moved(numbers(entry, "i8", 1), code, first)
+            thread, stride = u4(cuda.threadIdx.x), u4(cuda.blockDim.x)
+            total = over_block(of_chunk(array, array, u4(min(left, CHUNK)), thread, stride, 0))
+            if cuda.threadIdx.x == 0:
+                put(partial + 8 * chunk, "f8", (total,))
+            chunk += cuda.gridDim.x
+
+    return Kernel(kernel, ("squares", code), 6)
+
+
+@functools.cache
+def row_squares(weight: str, form: str) -> Kernel:
+    """The kernel that sums the squares of sparse gradients, each row's parts summed first.
+
+    ``kernel(table, columns, offsets, starts, tensors, partial)``, the table being that of `rows`, writes the
+    sum of each unit, in double precision, from the address `partial` on.
+    """
+    kind, *index, code = form.split()
+    source_of, gather = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
+    of_row = walk(code, "", squaring_alone, gather)
+
+    def kernel(table, columns, offsets, starts, tensors, partial):
+        units = number_at(starts, tensors)
+        unit, stride = first_row()
+        thread = u4(u4(cuda.threadIdx.x) & u4(WARP - 1))
+        while unit < units:
+            t = tensor_at(starts, tensors, unit)
+            entry = table + 8 * columns * t
+            width = number_at(entry, columns - 2)
+            row, source = source_of(numbers(entry, "i8", HEADER), unit - number_at(starts, t), width)
+            total = np.float64(0)
+            if row >= 0:
+                total = of_row(source, source[:1], u4(width), thread, u4(WARP), 0)
+            total = over_warp(total)
+            if thread == 0:
+                put(partial + 8 * unit, "f8", (total,))
+            unit += stride
+
+    return Kernel(kernel, ("row_squares", weight, form), 6)
+
+
+@functools.cache
+def set_hyper() -> Kernel:
+    """The kernel that writes ROOM of the numbers of a buffer's parts.
+
+    ``kernel(hyper, room, first, *numbers)``: one thread writes them from number `first` on. They come with
+    the launch, so nothing on the host has to stay as it is until the device gets there.
+    """
+
+    def kernel(hyper, room, first, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p):  # noqa: E741
+        given = (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)
+        begin = hyper + 8 * OUT
+        if first == 0:  # only `clip_norm` says otherwise, and it may be left out from now on
+            put(hyper + 8 * SKIP, "f8", (0.0,))
+        put(begin + 8 * first, "f8", given)
+        put(begin + 8 * (room + first), "f8", given)
+        put(begin + 8 * (2 * room) + 4 * first, "f4", given)
+
+    return Kernel(kernel, ("set_hyper",), 3, ROOM)
+
+
+@functools.cache
+def clip_norm() -> Kernel:
+    """The kernel that settles what the norm of all gradients means for a step.
+
+    ``kernel(hyper, room, n_hyper, partial, count)``: one block adds so many sums of squares, always in the
+    same order, and writes the norm, whether to skip the step, and the rows with what gradients are
+    multiplied by.
+    """
+
+    def kernel(hyper, room, n_hyper, partial, count):
+        total = np.float64(0)
+        k = np.int64(cuda.threadIdx.x)
+        while k < count:
+            total = total + numbers(partial + 8 * k, "f8", 1)[0]
+            k += cuda.blockDim.x
+        total = over_block(total)
+        told = cuda.shared.array(2, np.float64)
+        if cuda.threadIdx.x == 0:
+            given = numbers(hyper + 8 * OUT, "f8", HEAD)
+            limit, rescale, guard = given[LIMIT], given[RESCALE], given[GUARD]
+            norm = sqrt(total) * abs(rescale)
+            out = numbers(hyper, "f8", OUT)
+            finite = norm - norm == 0
+            skip = 0.0 if finite or guard == 0 else 1.0
+            put(hyper, "f8", (skip, norm, out[SKIPPED] + skip, out[STRAY]))
+            told[0] = rescale * limit / norm if finite and norm > limit else rescale
+        cuda.syncthreads()
+        begin = hyper + 8 * OUT
+        k = HEAD + np.int64(cuda.threadIdx.x)
+        while k < room:
+            number = numbers(begin + 8 * k, "f8", 1)[0]
+            if (k - HEAD) % n_hyper == 0:
+                number = told[0]
+            put(begin + 8 * (room + k), "f8", (number,))
+            put(begin + 8 * (2 * room) + 4 * k, "f4", (number,))
+            k += cuda.blockDim.x
+
+    return Kernel(kernel, ("clip_norm",), 5)

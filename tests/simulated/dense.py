@@ -1,0 +1,159 @@
+"""Dense steps on a simulated GPU: the CPU's results, to the bit."""
+
+from __future__ import annotations
+
+import ml_dtypes  # noqa: F401  bfloat16 needs it
+import numpy as np
+import pytest
+
+import numba_opt
+
+from .. import cuda_host, table
+
+SHAPES = [(5, 7), (8, 16), 3, 0, (1, 130)]
+
+
+def both(row, call, steps=2, **options):
+    """Weights and states after some steps: on the GPU, and on the CPU."""
+    options = table.common(row) | options
+    gpu, cpu = table.build(row, **options), table.build(row, **options)
+    weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
+    for _ in range(steps):
+        cpu.update_multi_precision(*call)
+        gpu.update_multi_precision(call.indices, weights, grads, states)
+    return cuda_host.on_cpu([weights, states]), table.outputs(call)
+
+
+def compare(row, found, expected, tolerance=1e-6):
+    """To the bit, but for the order in which a row's squares are added."""
+    if row.cls.per_row:
+        table.assert_near(found, expected, tolerance)
+    else:
+        table.assert_bits(found, expected)
+
+
+@table.each
+@table.each_dtype
+def test_the_cpus_results(row, dtype):
+    compare(row, *both(row, table.make(row, SHAPES, dtype)))
+
+
+@table.each
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(row, dtype):
+    call = table.make(row, [(8, 16), (5, 7)], dtype)
+    compare(row, *both(row, call), tolerance=1e-2)
+
+
+@table.each
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("grads", ["half", "single"])
+def test_master_weights(row, dtype, grads):
+    call = table.make(row, [(4, 16), (3, 5)], dtype)
+    optimizer = table.build(row, multi_precision=True)
+    states = [optimizer.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
+    if grads == "single":
+        call = call._replace(grads=[g.astype(np.float32) for g in call.grads])
+    compare(row, *both(row, call._replace(states=states), multi_precision=True))
+
+
+@table.each
+def test_half_gradients_of_single_weights(row):
+    call = table.make(row, [(4, 16), (3, 5)])
+    compare(row, *both(row, call._replace(grads=[g.astype(np.float16) for g in call.grads])))
+
+
+def test_values_that_are_no_numbers():
+    row = table.row("rmsprop")
+    call = table.make(row, [64])
+    call.grads[0][:6] = [np.nan, np.inf, -np.inf, 3e38, 1e-42, -0.0]
+    call.weights[0][8:11] = [np.nan, np.inf, -0.0]
+    compare(row, *both(row, call))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_arrays_that_begin_anywhere(offset):
+    """16-byte accesses only where all arrays allow them: the simulated memory refuses others."""
+    row = table.row("adamax")
+    call = table.make(row, [37 + offset] * 2)
+    moved = call._replace(weights=[w[offset:] for w in call.weights])
+    rest = [[a[:37] for a in call.grads], [tuple(s[:37] for s in state) for state in call.states]]
+    moved = moved._replace(grads=rest[0], states=rest[1])
+    compare(row, *both(row, moved))
+
+
+def test_many_tensors_with_rows_of_hyper_parameters():
+    row = table.row("nag")
+    call = table.make(row, [3, 50, 0, 7, 20])
+    expected = call.copy()
+    gpu, cpu = table.build(row, **table.common(row)), table.build(row, **table.common(row))
+    weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
+    for multipliers in ({}, {0: 2.0, 3: 0.5}, {k: 1 + k for k in range(5)}):
+        cpu.set_lr_mult(multipliers)
+        gpu.set_lr_mult(multipliers)
+        cpu.update(*expected)
+        gpu.update(call.indices, weights, grads, states)
+    table.assert_bits(cuda_host.on_cpu([weights, states]), table.outputs(expected))
+
+
+def test_chunks():
+    """A tensor of several chunks, the last one a part, and another after it."""
+    row = table.row("nag-plain")
+    call = table.make(row, [2 * 4096 + 37, 5])
+    compare(row, *both(row, call, steps=1))
+
+
+def test_one_launch_for_all_tensors_of_a_layout():
+    row = table.row("nag")
+    call = table.make(row, [4] * 30)
+    optimizer = table.build(row)
+    weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
+    cuda_host.launches.clear()
+    for _ in range(3):
+        optimizer.update(call.indices, weights, grads, states)
+    assert cuda_host.launches == ["copy", "set_hyper", "dense", "dense", "dense"]
+    optimizer.set_learning_rate(0.5)
+    optimizer.update(call.indices, weights, grads, states)
+    assert cuda_host.launches[5:] == ["set_hyper", "dense"]  # nothing is compiled or copied again
+
+
+def test_every_element_is_read_and_written_once():
+    row = table.row("rmsprop-centered")
+    call = table.make(row, [4096 + 30, 9])
+    weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
+    optimizer = table.build(row)
+    cuda_host.accesses.clear()
+    optimizer.update(call.indices, weights, grads, states)
+    touched = [place + 4 * k for _, code, place, count in cuda_host.accesses for k in range(count)]
+    places = np.unique(touched, return_counts=True)
+    elements = sum(w.size for w in call.weights)
+    assert len(places[0]) == 5 * elements
+    assert sorted(places[1]) == [1] * elements + [2] * 4 * elements  # gradients are only read
+
+
+def test_step_is_fused_step():
+    row = table.row("nag")
+    call = table.make(row, [5])
+    weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
+    table.build(row).step(call.indices, weights, grads, states)
+    table.build(row).fused_step(*call)
+    compare(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
+
+
+@pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16"])
+def test_states_of_another_dtype(name, kept):
+    row = table.row(name)
+    call = table.make(row, [(4, 16), (3, 5)])
+    optimizer = table.build(row, state_dtype=kept)
+    call = call._replace(states=[optimizer.create_state(t, w) for t, w in enumerate(call.weights)])
+    gpu = table.build(row, state_dtype=kept)
+    made = gpu.create_state(0, cuda_host.on_gpu(call.weights[0]))
+    assert {array.dtype for array in table.leaves(made)} == {np.dtype(kept)}
+    compare(row, *both(row, call, state_dtype=kept))
+
+
+def test_no_rounding_by_chance():
+    optimizer = numba_opt.NAG(state_dtype="bfloat16", stochastic_rounding=True)
+    with pytest.raises(ValueError, match="stochastic_rounding must be False; got True"):
+        optimizer.create_state(0, cuda_host.on_gpu(np.zeros(3, "f4")))

@@ -1,0 +1,257 @@
+"""Sparse gradients on a simulated GPU: the rows that the CPU's kernels update, with the same results."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+import numba_opt
+from numba_opt import RowSparse
+
+from .. import cuda_host, table
+
+SHAPE = (9, 6)
+ROWS = [7, 2, 7, 0, 2, 7]
+
+
+def block(rows=ROWS, shape=SHAPE, dtype="float32", seed=1):
+    rows = np.array(rows, np.int64)
+    values = np.random.default_rng(seed).standard_normal((len(rows), *shape[1:])).astype(dtype)
+    return RowSparse(rows, values, shape)
+
+
+def csr(shape=SHAPE, dtype="float32", index="int32", seed=1):
+    """With empty rows, a full one, and an entry that comes twice."""
+    rng = np.random.default_rng(seed)
+    columns = np.array([3, 0, 3, *range(shape[1]), 2], index)
+    starts = np.array([0, 0, 3, 3, 3 + shape[1], *[4 + shape[1]] * (shape[0] - 4)], index)
+    return scipy.sparse.csr_array((rng.standard_normal(len(columns)).astype(dtype), columns, starts), shape)
+
+
+def on_gpu(grad, distinct=False):
+    """A sparse gradient with arrays on the GPU; CuPy's CSR matrices have the same names."""
+    array = cuda_host.on_gpu
+    if isinstance(grad, RowSparse):
+        return RowSparse(array(grad.rows), array(grad.values), grad.shape, distinct)
+    return SimpleNamespace(
+        format="csr", shape=grad.shape, tocsr=None,
+        **{name: array(getattr(grad, name)) for name in ("data", "indices", "indptr")},
+    )  # fmt: skip
+
+
+def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, **options):
+    """Weights and states after some steps: on the GPU, and on the CPU."""
+    options = table.common(row) | options
+    gpu, cpu = table.build(row, **options), table.build(row, **options)
+    call = table.make(row, shapes or [SHAPE] * len(grads), dtype)
+    if options.get("multi_precision"):
+        states = [cpu.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
+        call = call._replace(states=states)
+    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    theirs = [cuda_host.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct) for g in grads]
+    for _ in range(steps):
+        cpu.update_multi_precision(call.indices, call.weights, grads, call.states)
+        gpu.update_multi_precision(call.indices, weights, theirs, states)
+    return cuda_host.on_cpu([weights, states]), table.outputs(call)
+
+
+def compare(row, found, expected, tolerance=1e-6):
+    """To the bit, but for the order in which a row's squares are added."""
+    if row.cls.per_row:
+        table.assert_near(found, expected, tolerance)
+    else:
+        table.assert_bits(found, expected)
+
+
+some = pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
+
+
+@table.each
+def test_every_form(row):
+    """Both kinds of blocks and a CSR matrix, in one call."""
+    gpu, cpu = table.build(row, **table.common(row)), table.build(row, **table.common(row))
+    call = table.make(row, [SHAPE] * 3)
+    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    grads = [block(), csr(), block([7, 0, 3])]
+    ours = [on_gpu(grads[0]), on_gpu(grads[1]), on_gpu(grads[2], distinct=True)]
+    for _ in range(2):
+        cpu.update(call.indices, call.weights, grads, call.states)
+        gpu.update(call.indices, weights, ours, states)
+    compare(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
+
+
+@some
+@pytest.mark.parametrize("distinct", [False, True])
+def test_double_precision(name, distinct):
+    row = table.row(name)
+    grad = block([7, 0, 3] if distinct else ROWS, dtype="float64")
+    compare(row, *both(row, [grad, csr(dtype="float64")], dtype="float64", distinct=distinct))
+
+
+@some
+def test_csr_with_64_bit_indices(name):
+    row = table.row(name)
+    compare(row, *both(row, [csr(index="int64")]))
+
+
+@pytest.mark.parametrize("name", ["nag", "groupadagrad"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("masters", [False, True])
+def test_half_precision(name, dtype, masters):
+    import ml_dtypes  # noqa: F401  bfloat16 needs it
+
+    row = table.row(name)
+    found = both(row, [block(dtype=dtype)], dtype=dtype, multi_precision=masters)
+    compare(row, *found, tolerance=1e-6 if masters else 1e-2)
+
+
+def test_every_kind_in_one_call():
+    row = table.row("adamax")
+    dense = np.random.default_rng(2).standard_normal((5, 3)).astype("float32")
+    grads = [block(), dense, csr(), block([1, 1], (4, 3)), block([0, 4, 4, 1], (5,)), csr((6, 4))]
+    shapes = [SHAPE, (5, 3), SHAPE, (4, 3), (5,), (6, 4)]
+    compare(row, *both(row, grads, shapes))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 8, 21])
+def test_many_parts(count):
+    """Sorting and merging runs of any number of keys."""
+    row = table.row("rmsprop")
+    rows = np.random.default_rng(count).integers(0, 20, count).tolist()
+    compare(row, *both(row, [block(rows, (20, 5))], [(20, 5)], steps=1))
+
+
+def test_int32_rows():
+    row = table.row("nag")
+    grad = block()
+    compare(row, *both(row, [RowSparse(grad.rows.astype("int32"), grad.values, SHAPE)]))
+
+
+@pytest.mark.parametrize("form", ["keys", "distinct", "csr"])
+def test_numbers_that_lead_outside(form):
+    """The rest is updated, nothing is touched outside, and the trainer says so."""
+    row = table.row("nag")
+    call = table.make(row, [SHAPE])
+    given, good = block([2, 1, 5, 3]), block([2, 5])
+    good.values[...] = given.values[[0, 2]]
+    ours = on_gpu(given, form == "distinct")
+    ours.rows.array[:] = [2, 40, 5, -3]
+    if form == "csr":
+        matrix = csr()
+        good = scipy.sparse.csr_array(
+            (matrix.data[:3], matrix.indices[:3], np.array([0, 0, 3, *[3] * 7], "int32")), SHAPE
+        )
+        ours = on_gpu(matrix)
+        ours.indptr.array[4:] = 10**6
+    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row))
+    cpu = numba_opt.Trainer(call.weights, table.build(row))
+    assert not gpu.stray_rows
+    gpu.step([ours])
+    cpu.step([good])
+    assert gpu.stray_rows
+    assert not cpu.stray_rows
+    table.assert_bits(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()))
+
+
+@pytest.mark.parametrize("make", [block, csr], ids=["block", "csr"])
+def test_norms(make):
+    row = table.row("nag")
+    call = table.make(row, [SHAPE, (4, 3)])
+    options = {"clip_global_norm": 0.5}
+    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row), **options)
+    cpu = numba_opt.Trainer(call.weights, table.build(row), **options)
+    gpu.step([on_gpu(make()), cuda_host.on_gpu(call.grads[1])])
+    cpu.step([make(), call.grads[1]])
+    assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
+    table.assert_near(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()), 1e-6)
+
+
+def test_new_rows_at_each_step():
+    row = table.row("rmsprop")
+    call = table.make(row, [SHAPE])
+    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row))
+    cpu = numba_opt.Trainer(call.weights, table.build(row))
+    for seed, rows in enumerate(([1], ROWS, [3, 3, 3], [], ROWS * 3, [5])):
+        gpu.step([on_gpu(block(rows, seed=seed))])
+        cpu.step([block(rows, seed=seed)])
+        table.assert_bits(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()))
+
+
+def test_rows_that_change_in_place():
+    """Row numbers are read at each step, though the arrays are known."""
+    row = table.row("nag")
+    call = table.make(row, [SHAPE])
+    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row))
+    cpu = numba_opt.Trainer(call.weights, table.build(row))
+    ours, theirs = on_gpu(block([1, 4])), block([1, 4])
+    for numbers in ([1, 4], [4, 4], [8, 0]):
+        ours.rows.array[:] = theirs.rows[:] = numbers
+        gpu.step([ours])
+        cpu.step([theirs])
+    table.assert_bits(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()))
+
+
+def test_a_block_is_read_back():
+    theirs = block()
+    ours = on_gpu(theirs)
+    assert repr(ours) == repr(theirs)
+    np.testing.assert_array_equal(ours.to_dense(), theirs.to_dense())
+    np.testing.assert_array_equal(ours.coalesce().rows, theirs.coalesce().rows)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def changed(**arrays):
+    grad = on_gpu(csr())
+    for name, array in arrays.items():
+        setattr(grad, name, cuda_host.on_gpu(array))
+    return grad
+
+
+@pytest.mark.parametrize(
+    ("grad", "error", "message"),
+    [
+        (lambda: on_gpu(block(shape=(9, 5))), ValueError, r"has shape \(9, 5\); expected \(9, 6\)"),
+        (lambda: block(), TypeError, "gradient of parameter 0 is a numba_opt.sparse.RowSparse.*not on a GPU"),
+        (lambda: csr(), TypeError, "gradient of parameter 0 is a scipy.sparse.*not on a GPU"),
+        (lambda: on_gpu(block(dtype="int32")), TypeError, "values of RowSparse are int32"),
+        (lambda: RowSparse(cuda_host.on_gpu(np.zeros(2, "u4")), cuda_host.on_gpu(np.zeros((2, 6))), SHAPE),
+         TypeError, "rows of gradient of parameter 0 are uint32; expected int32 or int64"),
+        (lambda: changed(indptr=np.zeros(3, "i4")), ValueError,
+         "indptr of gradient .* has length 3; expected 10"),
+        (lambda: changed(indices=np.zeros(9, "i8")), TypeError, "int64 and int32; expected the same"),
+        (lambda: changed(data=np.zeros(9, "i4")), TypeError, "data of gradient of parameter 0 are int32"),
+        (lambda: SimpleNamespace(format="coo", shape=SHAPE, tocsr=None), TypeError,
+         "expected RowSparse or a CSR matrix"),
+    ],
+)  # fmt: skip
+def test_bad_gradients(grad, error, message):
+    row = table.row("nag")
+    call = table.make(row, [SHAPE])
+    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    optimizer = table.build(row)
+    cuda_host.launches.clear()
+    with pytest.raises(error, match=message):
+        optimizer.update([0], weights, [grad()], states)
+    assert not cuda_host.launches
+    assert optimizer.num_update == 0
+
+
+def test_gradients_that_share_memory_with_weights():
+    row = table.row("nag")
+    call = table.make(row, [(2, 6)])
+    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    grad = RowSparse(cuda_host.on_gpu(np.array([0, 1])), weights[0], (2, 6))
+    with pytest.raises(ValueError, match="shares memory with gradient of parameter 0"):
+        table.build(row).update([0], weights, [grad], states)
+
+
+@pytest.mark.parametrize("mode", ["exact", "dense"])
+def test_only_lazy(mode):
+    weight = cuda_host.on_gpu(np.zeros(SHAPE, "f4"))
+    with pytest.raises(ValueError, match=f"sparse_update must be 'lazy'; got '{mode}'"):
+        numba_opt.NAG(sparse_update=mode).create_state(0, weight)

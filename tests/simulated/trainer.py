@@ -1,0 +1,335 @@
+"""`Trainer` on a simulated GPU: norms, guards, graphs, checkpoints, and errors that come in time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import numba_opt
+
+from .. import cuda_host, table
+
+SHAPES = [(5, 7), (8, 16), 33]
+
+
+def twins(row, call, **options):
+    """A trainer on the GPU and one on the CPU, with gradients for each of them."""
+    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row, **table.common(row)), **options)
+    cpu = numba_opt.Trainer(call.weights, table.build(row, **table.common(row)), **options)
+    return gpu, cpu, cuda_host.on_gpu(call.grads), call.grads
+
+
+def content(trainer):
+    arrays = [*trainer.params.values(), *table.leaves(list(trainer.states.values()))]
+    return [getattr(array, "array", array) for array in arrays]
+
+
+def agree(gpu, cpu, tolerance=0.0):
+    if tolerance:
+        table.assert_near(content(gpu), content(cpu), tolerance)
+    else:
+        table.assert_bits(content(gpu), content(cpu))
+    assert gpu.optimizer.num_update == cpu.optimizer.num_update
+
+
+@table.each
+@pytest.mark.parametrize("limit", [0.5, 1e9])
+def test_global_norm(row, limit):
+    gpu, cpu, ours, theirs = twins(row, table.make(row, SHAPES), clip_global_norm=limit)
+    for _ in range(2):
+        gpu.step(ours, batch_size=2)
+        cpu.step(theirs, batch_size=2)
+    assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
+    agree(gpu, cpu, 1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_steps_that_are_skipped(bad):
+    row = table.row("adamax")
+    gpu, cpu, ours, theirs = twins(row, table.make(row, SHAPES), skip_nonfinite=True)
+    gpu.step(ours)
+    cpu.step(theirs)
+    before = [array.copy() for array in content(gpu)]
+    good = ours[1].array[0, 3]
+    ours[1].array[0, 3] = bad
+    gpu.step(ours)
+    table.assert_bits(content(gpu), before)
+    assert gpu.skipped_steps == 1
+    assert not np.isfinite(gpu.grad_norm)
+    assert gpu.optimizer.num_update == 2  # unlike on the CPU: the host does not know
+    ours[1].array[0, 3] = good
+    gpu.step(ours)
+    assert gpu.skipped_steps == 1
+    assert any((a != b).any() for a, b in zip(content(gpu), before, strict=True))
+
+
+def test_the_norm_does_not_depend_on_who_adds(monkeypatch):
+    row = table.row("nag-plain")
+    call = table.make(row, [4096 * 2 + 100, 50])
+    norms = set()
+    for blocks in (1, 2, 3):
+        monkeypatch.setattr(cuda_host.Device, "processors", blocks)
+        gpu, _, ours, _ = twins(row, call.copy(), clip_global_norm=1.0)
+        gpu.step(ours)
+        norms.add(gpu.grad_norm)
+    assert len(norms) == 1
+
+
+def test_multipliers_freezing_and_gradients_that_are_missing():
+    row = table.row("rmsprop")
+    gpu, cpu, ours, theirs = twins(row, table.make(row, SHAPES), lr_mult={"1": 0.5})
+    for trainer, grads in ((gpu, ours), (cpu, theirs)):
+        trainer.step([grads[0], None, grads[2]])
+        trainer.step(grads)
+        trainer.freeze("0")
+        trainer.step(grads)
+        trainer.set_learning_rate(0.3)
+        trainer.step(grads, batch_size=4)
+    agree(gpu, cpu)
+
+
+def test_new_gradients_at_each_step():
+    row = table.row("nag")
+    gpu, cpu, _, theirs = twins(row, table.make(row, [3, 40]))
+    for scale in (1, 2, 3):
+        fresh = [np.float32(scale) * grad for grad in theirs]
+        gpu.step(cuda_host.on_gpu(fresh))
+        cpu.step(fresh)
+    agree(gpu, cpu)
+
+
+def test_a_step_holds_no_gradient():
+    import weakref
+
+    row = table.row("nag")
+    gpu, _, ours, _ = twins(row, table.make(row, [3, 40]))
+    gpu.step(ours)
+    gone = weakref.ref(ours[0])
+    del ours
+    assert gone() is None
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_global_norm": 0.5, "skip_nonfinite": True}])
+def test_a_captured_step(monkeypatch, options):
+    """What goes into a graph is kernels and nothing else; replayed, they see new hyper-parameters."""
+    row = table.row("ftml")
+    gpu, cpu, ours, theirs = twins(row, table.make(row, [3, 40]), **options)
+    gpu.step(ours)
+    cpu.step(theirs)
+    captured = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_host.Device, "in_capture", True)
+        patch.setattr(cuda_host.Launch, "__call__", lambda launch, stream: captured.append(launch))
+        cuda_host.launches.clear()
+        gpu.step(ours)
+        assert not cuda_host.launches
+    agree(gpu, cpu, 1e-6)
+    assert gpu.optimizer.num_update == 1
+    assert [launch.kernel.key[0] for launch in captured][-1] == "dense"
+    assert not {"set_hyper", "copy"} & {launch.kernel.key[0] for launch in captured}
+    for lr in (0.1, 0.1, 0.03):
+        for trainer in (gpu, cpu):
+            trainer.set_learning_rate(lr)
+        gpu.advance(batch_size=2)
+        for launch in captured:
+            launch(0)
+        cpu.step(theirs, batch_size=2)
+        agree(gpu, cpu, 1e-6)
+
+
+def test_what_cannot_be_captured(monkeypatch):
+    row = table.row("nag")
+    gpu, _, ours, _ = twins(row, table.make(row, [3]))
+    with pytest.raises(ValueError, match="advance needs a step that has been captured"):
+        gpu.advance()
+    monkeypatch.setattr(cuda_host.Device, "in_capture", True)
+    cuda_host.launches.clear()
+    with pytest.raises(RuntimeError, match="make one before the capture"):
+        gpu.step(ours)
+    assert not cuda_host.launches
+    assert gpu.optimizer.num_update == 0
+
+
+@pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
+def test_checkpoints(name, tmp_path):
+    row = table.row(name)
+    call = table.make(row, [(5, 7), (4, 8)])
+    gpu, cpu, ours, theirs = twins(row, call, skip_nonfinite=True)
+    gpu.step(ours)
+    gpu.save(tmp_path / "a.safetensors")
+    cpu.load(tmp_path / "a.safetensors")
+    agree(gpu, cpu)
+    assert all(isinstance(array, np.ndarray) for array in content(cpu))
+    cpu.step(theirs)
+    gpu.load_state_dict(cpu.state_dict())
+    agree(gpu, cpu)
+    assert "on CUDA" in repr(gpu)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def refused(row, call, error, message, change):
+    """A step with something wrong in it raises, and launches and changes nothing."""
+    weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
+    weights, grads, states = change(weights, grads, states)
+    cuda_host.launches.clear()
+    optimizer = table.build(row)
+    with pytest.raises(error, match=message):
+        optimizer.fused_step(call.indices, weights, grads, states)
+    assert not cuda_host.launches
+    assert optimizer.num_update == 0
+
+
+def elsewhere(array, number=1):
+    return cuda_host.HostArray(cuda_host.whole(array.array), number)
+
+
+def part_of(array):
+    wide = cuda_host.HostArray(np.zeros((5, 14), np.float32))
+    return cuda_host.HostArray(wide.array[:, ::2])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "gradient of parameter 0 is a numpy.ndarray.*expected a CUDA array",
+         lambda w, g, s: (w, [g[0].array, g[1]], s)),
+        (TypeError, "state 'var' of parameter 1 is a numpy.ndarray.*expected a CUDA array",
+         lambda w, g, s: (w, g, [s[0], (s[1][0], s[1][1].array)])),
+        (ValueError, "gradient of parameter 1 is on CUDA device 1; expected device 0, as the weight",
+         lambda w, g, s: (w, [g[0], elsewhere(g[1])], s)),
+        (ValueError, r"gradient of parameter 0 has shape \(8, 16\); expected \(5, 7\)",
+         lambda w, g, s: (w, [g[1], g[1]], s)),
+        (TypeError, "gradient of parameter 0 is float64; expected float32",
+         lambda w, g, s: (w, [cuda_host.on_gpu(g[0].array.astype("f8")), g[1]], s)),
+        (TypeError, "gradient of parameter 0 is int32",
+         lambda w, g, s: (w, [cuda_host.on_gpu(g[0].array.astype("i4")), g[1]], s)),
+        (ValueError, "gradient of parameter 0 has strides .*; expected a contiguous CUDA array",
+         lambda w, g, s: (w, [part_of(g[0]), g[1]], s)),
+        (ValueError, "weight of parameter 0 is read-only",
+         lambda w, g, s: ([cuda_host.HostArray(w[0].array, read_only=True), w[1]], g, s)),
+        (ValueError, "weight of parameter 0 shares memory with gradient of parameter 0",
+         lambda w, g, s: (w, [w[0], g[1]], s)),
+        (ValueError, "state 'mean' of parameter 1 shares memory with state 'mean' of parameter 0|has shape",
+         lambda w, g, s: (w, g, [s[0], (s[0][0], s[1][1])])),
+        (TypeError, "weight of parameter 1 is a numpy.ndarray",
+         lambda w, g, s: ([w[0], w[1].array], g, s)),
+    ],
+)  # fmt: skip
+def test_bad_arrays(error, message, change):
+    row = table.row("adamax")
+    refused(row, table.make(row, [(5, 7), (8, 16)]), error, message, change)
+
+
+def test_other_refusals():
+    row = table.row("nag")
+    call = table.make(row, [(4, 3)])
+    weights, grads = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.grads)
+    with pytest.raises(TypeError, match="gradient of parameter 0 is on a GPU"):
+        table.build(row).fused_step([0], call.weights, grads, call.states)
+    with pytest.raises(ValueError, match="params are on the CPU and on GPUs"):
+        numba_opt.Trainer([weights[0], call.weights[0]], "nag")
+    with pytest.raises(TypeError, match="accumulate is for parameters on the CPU"):
+        numba_opt.Trainer(weights, "nag").accumulate(grads)
+    with pytest.raises(ValueError, match="sparse_update must be 'lazy'; got 'exact'"):
+        numba_opt.NAG(sparse_update="exact").create_state(0, weights[0])
+    on_both = [weights[0], elsewhere(weights[0])]
+    trainer = numba_opt.Trainer(on_both, "nag", clip_global_norm=1)
+    with pytest.raises(ValueError, match="need all parameters on one device"):
+        trainer.step([grads[0], elsewhere(grads[0])])
+
+
+def test_two_devices():
+    row = table.row("nag")
+    call = table.make(row, [3, 40, 5])
+    cpu = numba_opt.Trainer(call.weights, table.build(row))
+    own = [cuda_host.HostArray(cuda_host.whole(w), k % 2) for k, w in enumerate(call.weights)]
+    gpu = numba_opt.Trainer(own, table.build(row))
+    grads = [cuda_host.HostArray(cuda_host.whole(g), k % 2) for k, g in enumerate(call.grads)]
+    for _ in range(2):
+        gpu.step(grads)
+        cpu.step(call.grads)
+    agree(gpu, cpu)
+
+
+def test_streams():
+    import numba_opt.cuda
+
+    seen = []
+    row = table.row("nag")
+    gpu, _, ours, _ = twins(row, table.make(row, [3]))
+    call = cuda_host.Launch.__call__
+
+    def record(launch, stream):
+        seen.append(stream)
+        call(launch, stream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_host.Launch, "__call__", record)
+        with numba_opt.cuda.on(7):
+            gpu.step(ours)
+        gpu.step(ours)
+    assert seen == [7, 7, 0]
+    with (
+        pytest.raises(TypeError, match="stream must be a CUDA stream or its address"),
+        numba_opt.cuda.on("a"),
+    ):
+        pass
+
+
+def test_fresh_tensors_of_torch(monkeypatch):
+    """New gradients like the last ones go into the table that is there, once their memory is checked."""
+    import sys
+    from types import ModuleType
+
+    class Tensor(cuda_host.HostArray):
+        """What is asked of a PyTorch tensor on a GPU."""
+
+        layout, is_cuda, device = "torch.strided", True, type("device", (), {"index": 0})
+
+        def __init__(self, array):
+            super().__init__(array)
+            self.dtype = f"torch.{array.dtype}"
+
+        def data_ptr(self):
+            return self.array.ctypes.data
+
+        def stride(self):
+            return tuple(stride // self.array.itemsize for stride in self.array.strides)
+
+        def element_size(self):
+            return self.array.itemsize
+
+    class Stream:
+        cuda_stream = 0
+
+    torch = ModuleType("torch")
+    torch.Tensor, torch.strided = Tensor, Tensor.layout
+    torch.cuda = type("cuda", (), {"current_stream": staticmethod(lambda number: Stream)})
+    torch.zeros = lambda shape, dtype, device: Tensor(cuda_host.whole(np.zeros(shape, str(dtype)[6:])))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    row = table.row("nag")
+    call = table.make(row, [3, 40])
+    looks = []
+    look = numba_opt.cuda.look
+    monkeypatch.setattr(numba_opt.cuda, "look", lambda *args: looks.append(1) or look(*args))
+    gpu = numba_opt.Trainer([Tensor(cuda_host.whole(w)) for w in call.weights], table.build(row))
+    cpu = numba_opt.Trainer(call.weights, table.build(row))
+    kept = []  # freed memory would be given to the next gradients
+    for scale in (1, 2, 3):
+        fresh = [np.float32(scale) * grad for grad in call.grads]
+        kept.append([Tensor(cuda_host.whole(grad)) for grad in fresh])
+        looks.clear()
+        cuda_host.launches.clear()
+        gpu.step(kept[-1])
+        cpu.step(fresh)
+        assert bool(looks) == (scale == 1)
+        assert cuda_host.launches[-2:] == ["copy", "dense"] or scale == 1
+    agree(gpu, cpu)
+    with pytest.raises(ValueError, match="shares memory with gradient"):
+        gpu.step([gpu.params["0"], kept[0][1]])
+    agree(gpu, cpu)
+    gpu.step(kept[1])
+    cpu.step([np.float32(2) * grad for grad in call.grads])
+    agree(gpu, cpu)

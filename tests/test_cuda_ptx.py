@@ -1,0 +1,145 @@
+"""CUDA kernels compiled with no GPU: what is in their PTX and, with an assembler, their machine code."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # perf is not installed
+
+from perf import ptx
+
+from . import table
+
+pytestmark = pytest.mark.skipif(
+    find_spec("numba_cuda") is None, reason="needs the package numba-cuda: pip install 'numba_opt[cuda]'"
+)
+
+# For each rule: arrays in the table's float32 layout, and a limit of registers, which is what the largest of
+# the four capabilities needs, and some. 128 would halve the threads that a multiprocessor can hold.
+LIMITS = {
+    "nag": 52,
+    "nag-plain": 48,
+    "rmsprop": 56,
+    "rmsprop-centered": 72,
+    "rmsprop-clipweights": 64,
+    "adamax": 64,
+    "ftml": 72,
+    "groupadagrad": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A function that compiles a kernel and counts."""
+    from numba_opt.kernels import cuda, cuda_code
+
+    def make(name, *args, capability=(9, 0)):
+        kernel = getattr(cuda, name)(*args)
+        major, minor = capability
+        return ptx.count(cuda_code.ptx(kernel, capability), f"sm_{major}{minor}")
+
+    return make
+
+
+def check(found):
+    """What no kernel may have."""
+    assert found.contracted == found.calls == found.local == found.generic == 0
+    assert found.spilled <= 0
+
+
+def check_once(found, loads, stores):
+    """So many wide accesses for each group; the compiler may have made copies of the loop."""
+    copies = found.stores // stores
+    assert copies >= 1
+    assert (found.loads, found.stores) == (copies * loads, copies * stores)
+
+
+@pytest.mark.parametrize("capability", ptx.CAPABILITIES, ids=lambda cc: f"{cc[0]}.{cc[1]}")
+@pytest.mark.parametrize("name", LIMITS)
+def test_dense_kernels_in_single_precision(made, name, capability):
+    row = table.row(name)
+    rule = table.build(row)._rule()
+    found = made("dense", *rule, " ".join(["f4"] * (2 + rule.n_state)), capability=capability)
+    check(found)
+    assert found.double == 0
+    if rule.per_row:
+        assert found.loads >= 4  # the mean square first
+        assert found.stores >= 1
+    else:
+        check_once(found, 2 + rule.n_state, 1 + rule.n_state)
+    assert found.registers <= LIMITS[name]
+
+
+@pytest.mark.parametrize(
+    ("layout", "loads", "stores"),
+    [
+        ("f8 f8 f8", 3, 2),  # 2 elements a group
+        ("f2 f2 f2", 3, 2),  # 8 of them
+        ("b2 b2 b2", 3, 2),
+        ("f2 f4 f4 f2", 5, 5),  # 8, and two accesses for each array of float32
+        ("b2 f4 f4 b2", 5, 5),
+        ("f4 f4 f4 f2", 6, 5),
+        ("f2 f4 f4", 5, 4),
+    ],
+)
+def test_dense_kernels_of_other_layouts(made, layout, loads, stores):
+    rule = table.build(table.row("nag"))._rule()
+    found = made("dense", *rule, layout)
+    check(found)
+    assert (found.double == 0) == ("f8" not in layout)
+    check_once(found, loads, stores)
+    assert found.registers <= 96
+
+
+@pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4"])
+@pytest.mark.parametrize("name", ["adamax", "groupadagrad"])
+def test_rows(made, name, form):
+    rule = table.build(table.row(name))._rule()
+    found = made("rows", *rule, " ".join(["f4"] * (1 + rule.n_state)), form)
+    check(found._replace(double=0))
+    assert found.registers <= 80
+
+
+@pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4"])
+def test_squares_of_rows(made, form):
+    found = made("row_squares", "f4", form)
+    check(found)
+    assert found.registers <= 64
+
+
+@pytest.mark.parametrize("code", ["f4", "f8", "f2", "b2"])
+def test_squares(made, code):
+    found = made("squares", code)
+    check(found)
+    assert found.loads >= 1
+    assert found.registers <= 64
+
+
+@pytest.mark.parametrize("args", [("keys", "i4"), ("keys", "i8"), ("merge",), ("set_hyper",), ("clip_norm",)])
+def test_other_kernels(made, args):
+    check(made(*args))
+
+
+def test_kernels_are_kept(tmp_path, monkeypatch):
+    """A kernel is compiled once, and found on disk by whoever asks next."""
+    import numba
+
+    from numba_opt.kernels import cuda, cuda_code
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    cuda_code.compiled.cache_clear()
+    before = cuda_code.how_many()
+    first = cuda_code.compiled(cuda.set_hyper(), (8, 0))
+    cuda_code.compiled.cache_clear()
+    again = cuda_code.compiled(cuda.set_hyper(), (8, 0))
+    assert cuda_code.how_many() == before + 1
+    assert (first.name, first.cubin) == (again.name, again.cubin)
+    for path in (tmp_path / "numba_opt").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    cuda_code.compiled.cache_clear()
+    assert cuda_code.compiled(cuda.set_hyper(), (8, 0)).cubin
+    assert cuda_code.how_many() == before + 2
