@@ -442,11 +442,22 @@ def test_no_damage_is_overlooked(kept, tmp_path, monkeypatch):
 
 
 @POSIX
-def test_a_home_that_cannot_be_written(kept):
+@pytest.mark.parametrize("home", ["/proc/nowhere", "here"])
+def test_a_home_that_cannot_be_written(kept, home):
     """/proc takes no folders, not even from root."""
     _, first = kept
-    env = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "NUMBA_CACHE_DIR": ""}
+    env = {"HOME": home, "XDG_CACHE_HOME": "", "NUMBA_CACHE_DIR": ""}
     assert process(SMALL, **env) == first
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the variables are those of freedesktop.org")
+@pytest.mark.parametrize("place", ["", "here"])
+def test_a_cache_folder_is_never_relative(kept, tmp_path, place):
+    """Else kernels would be left wherever a program happens to be started, or in the package's own folder."""
+    _, first = kept
+    env = {"HOME": tmp_path, "XDG_CACHE_HOME": place, "NUMBA_CACHE_DIR": ""}
+    assert process(SMALL, **env) == first
+    assert list((tmp_path / ".cache" / "numba_opt").glob("*.nbc"))
 
 
 def test_a_full_disk(kept, tmp_path):

@@ -17,6 +17,7 @@ import platform
 import secrets
 import types
 from collections.abc import Callable
+from os.path import expanduser, isabs
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ def folder() -> Path:
     """Where compiled kernels are kept: under `NUMBA_CACHE_DIR` if set, else the user's cache directory."""
     if numba.config.CACHE_DIR:
         return Path(numba.config.CACHE_DIR) / "numba_opt"
-    return Path(AppDirs("numba_opt", appauthor=False).user_cache_dir)
+    # XDG_CACHE_HOME may be empty or relative, and is to be ignored then; there may be no home at all
+    for place in (AppDirs("numba_opt", appauthor=False).user_cache_dir, expanduser("~/.cache/numba_opt")):
+        if isabs(place):
+            return Path(place)
+    return Path(os.devnull, "numba_opt")  # nothing can be kept there
 
 
 class KernelCache(caching.NullCache):
