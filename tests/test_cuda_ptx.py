@@ -28,8 +28,12 @@ LIMITS = {
     "rmsprop-clipweights": 64,
     "adamax": 64,
     "ftml": 72,
+    "ftml-reduced": 64,
     "groupadagrad": 64,
 }
+
+# Of two copies of this rule's loop the compiler lets some stores be one, so it is counted less strictly.
+MERGED = ("ftml-reduced",)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,9 @@ def test_dense_kernels_in_single_precision(made, name, capability):
     if rule.per_row:
         assert found.loads >= 4  # the mean square first
         assert found.stores >= 1
+    elif name in MERGED:
+        assert found.loads % (2 + rule.n_state) == 0
+        assert 1 + rule.n_state <= found.stores <= found.loads
     else:
         check_once(found, 2 + rule.n_state, 1 + rule.n_state)
     assert found.registers <= LIMITS[name]
