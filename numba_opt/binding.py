@@ -109,7 +109,7 @@ class Binding:
             request = self.request = request._replace(
                 stored=optimizer._stored, numbers=optimizer._numbers(self.positions)
             )
-            self.prepared = execution.Prepared(request)
+            self.prepared = self.prepare(optimizer)
         plain = optimizer.use_fused_step and not self.stamps and ndarray.readable()
         if plain and self.prepared.take(self.ids, request, optimizer._rule()):
             return None

@@ -109,7 +109,8 @@ class Hyper:
 
     def write(self, rows: np.ndarray, norm: Norm | None, stream: int) -> None:
         """Have rows written when the stream gets there, if they are not there already."""
-        if (norm, rows.tobytes()) == self._written:
+        wanted = norm, rows.tobytes()
+        if wanted == self._written:
             return
         loops = self.loops
         numbers = np.zeros(self.room)
@@ -119,7 +120,7 @@ class Hyper:
         for first in range(0, self.room, loops.ROOM):
             self._launch.set((self.address, self.room, first), numbers[first : first + loops.ROOM].tolist())
             self._launch(stream)
-        self._written = norm, rows.tobytes()
+        self._written = wanted
 
     def told(self) -> np.ndarray:
         """What kernels have said; waits for everything on the device."""
@@ -139,9 +140,7 @@ class Table(NamedTuple):
     layout: str  # how the arrays are stored, and the form of sparse gradients
     members: list[int]
     entries: np.ndarray
-    lines: (
-        np.ndarray
-    )  # where each tensor's part begins: of elements, of units, of units whose squares are summed
+    lines: np.ndarray  # of elements, of units, of units whose squares are summed (`device.line`)
     kernel: Any
     squares: Any
     by_warps: tuple[bool, bool]  # whether warps take the units of these, and not blocks
@@ -162,7 +161,7 @@ def dense_table(rule: execution.Rule, table: device.Table) -> Table:
     sizes = np.diff(table.offsets)
     chunks = -(-sizes // loops.CHUNK)
     rows = sizes // np.maximum(table.addresses[:, -2].astype(np.int64), 1)
-    lines = np.stack([table.offsets, _line(rows if rule.per_row else chunks), _line(chunks)])
+    lines = np.stack([table.offsets, device.line(rows if rule.per_row else chunks), device.line(chunks)])
     kernel, squares = loops.dense(*rule, table.layout), loops.squares(table.layout.split()[0])
     by_warps = (rule.per_row, False)
     return Table(table.layout, table.members.tolist(), table.addresses, lines, kernel, squares, by_warps)
@@ -184,7 +183,7 @@ def row_tables(
             own, width = arrays[1 : 1 + len(layout.split())].tolist(), int(arrays[-2])
             entries.append([*parts[t].head(bound.arrays[1][t].shape[0], keys=0), *own, width, 0])
             units.append(parts[t].units if width else 0)
-        line = _line(np.array(units))
+        line = device.line(np.array(units))
         kernel = loops.rows(*rule, layout, form)
         squares = loops.row_squares(layout.split()[0], form)
         words = np.array(entries, np.uint64)
@@ -192,13 +191,6 @@ def row_tables(
         yield Table(
             f"{form}: {layout}", members, words, np.stack([line] * 3), kernel, squares, (True, True), sparse
         )
-
-
-def _line(counts: np.ndarray) -> np.ndarray:
-    """Where each one's part of a long line begins, and where the line ends."""
-    line = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=line[1:])
-    return line
 
 
 class Placed:

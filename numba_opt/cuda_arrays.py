@@ -154,8 +154,8 @@ def look(value: Any, what: str) -> View:
         It is not contiguous or aligned.
     """
     if not device.on_cuda(value):
-        kind = "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
-        raise TypeError(f"{what} is {kind}, which is not on a GPU; expected a CUDA array, as the weight")
+        name = device.type_name(value)
+        raise TypeError(f"{what} is {name}, which is not on a GPU; expected a CUDA array, as the weight")
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return _look_at_tensor(value, what)

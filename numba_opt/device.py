@@ -138,11 +138,17 @@ def tables(found: ndarray.Survey, n_state: int, stored: str = "") -> list[Table]
             continue
         members = np.flatnonzero(found.codes == code)
         addresses = found.addresses if len(codes) == 1 else found.addresses[members]
-        offsets = np.zeros(len(members) + 1, np.int64)
-        np.cumsum(found.sizes[members], out=offsets[1:])
+        offsets = line(found.sizes[members])
         layout = layout_of(code, found.bytes.shape[1], n_state, stored)
         result.append(Table(layout, members, addresses, offsets))
     return result
+
+
+def line(counts: np.ndarray) -> np.ndarray:
+    """Where each one's part of a kernel's long line begins, and where the line ends."""
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts
 
 
 @functools.cache
@@ -200,7 +206,9 @@ def as_array(value: Any, what: str) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value.view(np.ndarray)
     if on_cuda(value):
-        raise TypeError(f"{what} is on a GPU ({_type(value)}); expected an array on the CPU, as the weight")
+        raise TypeError(
+            f"{what} is on a GPU ({type_name(value)}); expected an array on the CPU, as the weight"
+        )
     torch = sys.modules.get("torch")
     try:
         if torch is not None and isinstance(value, torch.Tensor):
@@ -210,8 +218,8 @@ def as_array(value: Any, what: str) -> np.ndarray:
         if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
             return np.from_dlpack(value)
     except (TypeError, RuntimeError, BufferError, ValueError) as error:
-        raise TypeError(f"{what} ({_type(value)}) cannot be viewed as a NumPy array: {error}") from error
-    raise TypeError(f"{what} is {_type(value)}; expected an array")
+        raise TypeError(f"{what} ({type_name(value)}) cannot be viewed as a NumPy array: {error}") from error
+    raise TypeError(f"{what} is {type_name(value)}; expected an array")
 
 
 def zeros_like(weight: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -259,7 +267,8 @@ def code_of(dtype: np.dtype) -> str:
     return ndarray.CODES[known.index(dtype)] if dtype in known else ""
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """What an object is called in errors."""
     return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
@@ -371,7 +380,7 @@ def _check_stamps(stamps: Any, what: str, shape: tuple[int, ...]) -> None:
     """Refuse stamps of rows that are not what `Optimizer.create_state` made."""
     plain = isinstance(stamps, np.ndarray) and not isinstance(stamps, np.ma.MaskedArray)
     if not (plain and stamps.dtype == np.int64):
-        raise TypeError(f"{what} are {_type(stamps)}; expected an array of int64 without a mask")
+        raise TypeError(f"{what} are {type_name(stamps)}; expected an array of int64 without a mask")
     check_shape(stamps, what, shape)
     if not (stamps.flags.c_contiguous and stamps.flags.aligned and stamps.flags.writeable):
         raise ValueError(f"{what} must be contiguous and writable")

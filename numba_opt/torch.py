@@ -275,14 +275,32 @@ def _rate(group: Options) -> float:
     return arguments.number("lr", lr.item())
 
 
-def _pair(group: Options) -> tuple[float, float]:
-    """The option `betas`."""
-    try:
-        beta1, beta2 = group["betas"]
-    except (TypeError, ValueError):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}") from None
-    betas = {"betas[0]": beta1, "betas[1]": beta2}
-    return _number(betas, "betas[0]", below=1), _number(betas, "betas[1]", below=1)
+class _WithBetas(Optimizer):
+    """What the optimizers share that have torch's options `betas` and `eps`."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        *,
+        maximize: bool | None = None,
+        formula: str = "torch",
+        **options: Any,
+    ) -> None:
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, formula, {**given, **options})
+
+    @staticmethod
+    def _betas(group: Options) -> tuple[float, float]:
+        try:
+            beta1, beta2 = group["betas"]
+        except (TypeError, ValueError):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}") from None
+        betas = {"betas[0]": beta1, "betas[1]": beta2}
+        return _number(betas, "betas[0]", below=1), _number(betas, "betas[1]", below=1)
 
 
 class NAG(Optimizer):
@@ -482,7 +500,7 @@ class RMSProp(Optimizer):
         return self._made_of(group, rule, states, lambda lr, t: (lr, *own))
 
 
-class Adamax(Optimizer):
+class Adamax(_WithBetas):
     """Adamax as `torch.optim.Adamax` has it.
 
     ::
@@ -539,23 +557,8 @@ class Adamax(Optimizer):
         "maximize": False,
     }
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
-        weight_decay: float | None = None,
-        *,
-        maximize: bool | None = None,
-        formula: str = "torch",
-        **options: Any,
-    ) -> None:
-        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, formula, {**given, **options})
-
     def _torch(self, group: Options) -> Formula:
-        beta1, beta2 = _pair(group)
+        beta1, beta2 = self._betas(group)
         eps = _number(group, "eps")
 
         def hyper(lr: float, t: int) -> tuple[float, ...]:
@@ -564,7 +567,7 @@ class Adamax(Optimizer):
         return self._made_of(group, adamax.torch_adamax, ("exp_avg", "exp_inf"), hyper)
 
 
-class FTML(Optimizer):
+class FTML(_WithBetas):
     """FTML, "follow the moving leader", which torch has not: the formula of `numba_opt.FTML`.
 
     Parameters
@@ -614,23 +617,8 @@ class FTML(Optimizer):
         "maximize": False,
     }
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
-        weight_decay: float | None = None,
-        *,
-        maximize: bool | None = None,
-        formula: str = "torch",
-        **options: Any,
-    ) -> None:
-        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, formula, {**given, **options})
-
     def _torch(self, group: Options) -> Formula:
-        beta1, beta2 = _pair(group)
+        beta1, beta2 = self._betas(group)
         eps, wd = _number(group, "eps"), _number(group, "weight_decay")
         return self._as_own(group, beta1=beta1, beta2=beta2, epsilon=eps, wd=wd)
 

@@ -198,3 +198,11 @@ def assert_near(found: Any, expected: Any, tolerance: float, what: str = "", sca
         assert a.shape == b.shape
         error, largest = np.abs(a - b).max(initial=0), np.abs(b).max(initial=scale)
         assert error <= tolerance * largest, f"{what} array {k}: off by {error:.3g} of {largest:.3g}"
+
+
+def assert_alike(row: Row, found: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    """To the bit, but for the order in which a row's squares are added."""
+    if row.cls.per_row:
+        assert_near(found, expected, tolerance)
+    else:
+        assert_bits(found, expected)

@@ -79,14 +79,6 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def compare(row, found, expected, tolerance=1e-6):
-    """To the bit, but for the order in which a row's squares are added."""
-    if row.cls.per_row:
-        table.assert_near(found, expected, tolerance)
-    else:
-        table.assert_bits(found, expected)
-
-
 def both(library, row, call, steps=3, **options):
     """Weights and states after some steps: on the GPU, and on the CPU."""
     options = table.common(row) | options
@@ -108,14 +100,16 @@ def test_parity(library, row, dtype):
     if dtype not in library.dtypes:
         pytest.skip(f"{library.name} has no {dtype}")
     half = dtype in ("float16", "bfloat16")
-    compare(row, *both(library, row, table.make(row, SHAPES, dtype)), tolerance=1e-2 if half else 1e-6)
+    table.assert_alike(
+        row, *both(library, row, table.make(row, SHAPES, dtype)), tolerance=1e-2 if half else 1e-6
+    )
 
 
 @table.each
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_master_weights(torch, row, dtype):
     pytest.importorskip("ml_dtypes")
-    compare(row, *both(LIBRARIES[2], row, table.make(row, SHAPES, dtype), multi_precision=True))
+    table.assert_alike(row, *both(LIBRARIES[2], row, table.make(row, SHAPES, dtype), multi_precision=True))
 
 
 @table.each
@@ -135,7 +129,7 @@ def test_arrays_that_begin_anywhere(torch, row, offset):
     states = LIBRARIES[2].put(call.states)
     gpu.update(call.indices, weights, grads, states)
     cpu.update(*call)
-    compare(row, LIBRARIES[2].get([weights, states]), table.outputs(call))
+    table.assert_alike(row, LIBRARIES[2].get([weights, states]), table.outputs(call))
 
 
 def test_a_thousand_random_lists(library):
@@ -167,7 +161,7 @@ def test_blocks(library, row, distinct):
     for _ in range(3):
         gpu.update([0], weights, [ours], states)
         cpu.update([0], call.weights, [RowSparse(rows, values, (500, 33))], call.states)
-    compare(row, library.get([weights, states]), table.outputs(call), 1e-5)
+    table.assert_alike(row, library.get([weights, states]), table.outputs(call), 1e-5)
 
 
 @table.each
@@ -184,7 +178,7 @@ def test_csr(row):
         gpu.update([0], weights, [sparse.csr_matrix(matrix)], states)
         cpu.update([0], call.weights, [matrix], call.states)
     cupy.cuda.Device().synchronize()
-    compare(row, LIBRARIES[1].get([weights, states]), table.outputs(call), 1e-5)
+    table.assert_alike(row, LIBRARIES[1].get([weights, states]), table.outputs(call), 1e-5)
 
 
 def test_rows_that_lead_outside(torch):

@@ -24,25 +24,17 @@ def both(row, call, steps=2, **options):
     return cuda_host.on_cpu([weights, states]), table.outputs(call)
 
 
-def compare(row, found, expected, tolerance=1e-6):
-    """To the bit, but for the order in which a row's squares are added."""
-    if row.cls.per_row:
-        table.assert_near(found, expected, tolerance)
-    else:
-        table.assert_bits(found, expected)
-
-
 @table.each
 @table.each_dtype
 def test_the_cpus_results(row, dtype):
-    compare(row, *both(row, table.make(row, SHAPES, dtype)))
+    table.assert_alike(row, *both(row, table.make(row, SHAPES, dtype)))
 
 
 @table.each
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(row, dtype):
     call = table.make(row, [(8, 16), (5, 7)], dtype)
-    compare(row, *both(row, call), tolerance=1e-2)
+    table.assert_alike(row, *both(row, call), tolerance=1e-2)
 
 
 @table.each
@@ -54,13 +46,13 @@ def test_master_weights(row, dtype, grads):
     states = [optimizer.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
     if grads == "single":
         call = call._replace(grads=[g.astype(np.float32) for g in call.grads])
-    compare(row, *both(row, call._replace(states=states), multi_precision=True))
+    table.assert_alike(row, *both(row, call._replace(states=states), multi_precision=True))
 
 
 @table.each
 def test_half_gradients_of_single_weights(row):
     call = table.make(row, [(4, 16), (3, 5)])
-    compare(row, *both(row, call._replace(grads=[g.astype(np.float16) for g in call.grads])))
+    table.assert_alike(row, *both(row, call._replace(grads=[g.astype(np.float16) for g in call.grads])))
 
 
 def test_values_that_are_no_numbers():
@@ -68,7 +60,7 @@ def test_values_that_are_no_numbers():
     call = table.make(row, [64])
     call.grads[0][:6] = [np.nan, np.inf, -np.inf, 3e38, 1e-42, -0.0]
     call.weights[0][8:11] = [np.nan, np.inf, -0.0]
-    compare(row, *both(row, call))
+    table.assert_alike(row, *both(row, call))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
@@ -79,7 +71,7 @@ def test_arrays_that_begin_anywhere(offset):
     moved = call._replace(weights=[w[offset:] for w in call.weights])
     rest = [[a[:37] for a in call.grads], [tuple(s[:37] for s in state) for state in call.states]]
     moved = moved._replace(grads=rest[0], states=rest[1])
-    compare(row, *both(row, moved))
+    table.assert_alike(row, *both(row, moved))
 
 
 def test_many_tensors_with_rows_of_hyper_parameters():
@@ -100,7 +92,7 @@ def test_chunks():
     """A tensor of several chunks, the last one a part, and another after it."""
     row = table.row("nag-plain")
     call = table.make(row, [2 * 4096 + 37, 5])
-    compare(row, *both(row, call, steps=1))
+    table.assert_alike(row, *both(row, call, steps=1))
 
 
 def test_one_launch_for_all_tensors_of_a_layout():
@@ -137,7 +129,7 @@ def test_step_is_fused_step():
     weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
     table.build(row).step(call.indices, weights, grads, states)
     table.build(row).fused_step(*call)
-    compare(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
+    table.assert_alike(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
 
 
 @pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
@@ -150,7 +142,7 @@ def test_states_of_another_dtype(name, kept):
     gpu = table.build(row, state_dtype=kept)
     made = gpu.create_state(0, cuda_host.on_gpu(call.weights[0]))
     assert {array.dtype for array in table.leaves(made)} == {np.dtype(kept)}
-    compare(row, *both(row, call, state_dtype=kept))
+    table.assert_alike(row, *both(row, call, state_dtype=kept))
 
 
 def test_no_rounding_by_chance():

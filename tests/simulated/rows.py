@@ -58,14 +58,6 @@ def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, **op
     return cuda_host.on_cpu([weights, states]), table.outputs(call)
 
 
-def compare(row, found, expected, tolerance=1e-6):
-    """To the bit, but for the order in which a row's squares are added."""
-    if row.cls.per_row:
-        table.assert_near(found, expected, tolerance)
-    else:
-        table.assert_bits(found, expected)
-
-
 some = pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
 
 
@@ -80,7 +72,7 @@ def test_every_form(row):
     for _ in range(2):
         cpu.update(call.indices, call.weights, grads, call.states)
         gpu.update(call.indices, weights, ours, states)
-    compare(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
+    table.assert_alike(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
 
 
 @some
@@ -88,13 +80,13 @@ def test_every_form(row):
 def test_double_precision(name, distinct):
     row = table.row(name)
     grad = block([7, 0, 3] if distinct else ROWS, dtype="float64")
-    compare(row, *both(row, [grad, csr(dtype="float64")], dtype="float64", distinct=distinct))
+    table.assert_alike(row, *both(row, [grad, csr(dtype="float64")], dtype="float64", distinct=distinct))
 
 
 @some
 def test_csr_with_64_bit_indices(name):
     row = table.row(name)
-    compare(row, *both(row, [csr(index="int64")]))
+    table.assert_alike(row, *both(row, [csr(index="int64")]))
 
 
 @pytest.mark.parametrize("name", ["nag", "groupadagrad"])
@@ -105,7 +97,7 @@ def test_half_precision(name, dtype, masters):
 
     row = table.row(name)
     found = both(row, [block(dtype=dtype)], dtype=dtype, multi_precision=masters)
-    compare(row, *found, tolerance=1e-6 if masters else 1e-2)
+    table.assert_alike(row, *found, tolerance=1e-6 if masters else 1e-2)
 
 
 def test_every_kind_in_one_call():
@@ -113,7 +105,7 @@ def test_every_kind_in_one_call():
     dense = np.random.default_rng(2).standard_normal((5, 3)).astype("float32")
     grads = [block(), dense, csr(), block([1, 1], (4, 3)), block([0, 4, 4, 1], (5,)), csr((6, 4))]
     shapes = [SHAPE, (5, 3), SHAPE, (4, 3), (5,), (6, 4)]
-    compare(row, *both(row, grads, shapes))
+    table.assert_alike(row, *both(row, grads, shapes))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 8, 21])
@@ -121,13 +113,13 @@ def test_many_parts(count):
     """Sorting and merging runs of any number of keys."""
     row = table.row("rmsprop")
     rows = np.random.default_rng(count).integers(0, 20, count).tolist()
-    compare(row, *both(row, [block(rows, (20, 5))], [(20, 5)], steps=1))
+    table.assert_alike(row, *both(row, [block(rows, (20, 5))], [(20, 5)], steps=1))
 
 
 def test_int32_rows():
     row = table.row("nag")
     grad = block()
-    compare(row, *both(row, [RowSparse(grad.rows.astype("int32"), grad.values, SHAPE)]))
+    table.assert_alike(row, *both(row, [RowSparse(grad.rows.astype("int32"), grad.values, SHAPE)]))
 
 
 @pytest.mark.parametrize("form", ["keys", "distinct", "csr"])
