@@ -83,8 +83,8 @@ def results(found: Mapping[str, Any]) -> dict[str, Result]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """A Markdown table; columns after the first ones are numbers, but for explanations."""
-    rule = ["---" if k < left or name.startswith("what") else "---:" for k, name in enumerate(head)]
+    """A Markdown table; columns after the first ones are numbers."""
+    rule = ["---" if k < left else "---:" for k in range(len(head))]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
 
 
@@ -151,12 +151,16 @@ def goals_table(found: Mapping[str, Any]) -> str:
         "*At best* compares the fastest samples, which other work on the machine disturbs the least."
     ]
     head = ["issue", "goal", "wanted", "median", "at best"]
+    reasons = list(dict.fromkeys(row["why"] for row in missed))
     for title, some in (("Missed", missed), ("Met", met), ("Not measured", open_)):
         if some:
             explained = title == "Missed"
-            cells = [_goal(row) + ([row["why"]] if explained else []) for row in some]
-            shown = head + (["what bounds it, and what was tried"] if explained else [])
+            cells = [_goal(row) + ([str(1 + reasons.index(row["why"]))] if explained else []) for row in some]
+            shown = head + (["reason"] if explained else [])
             lines += ["", f"### {title}", "", *table(shown, cells, left=2)]
+            if explained:
+                lines += ["", "What bounds them, and what was tried:", ""]
+                lines += [f"{k}. {reason}" for k, reason in enumerate(reasons, 1)]
     return "\n".join(lines)
 
 
@@ -186,18 +190,22 @@ def label(workload: Workload) -> str:
     return workload.name.partition("/")[2].replace("/", ", ")
 
 
-def compared(some: Sequence[Result], rows: Sequence[str]) -> list[str]:
-    """Competitors beside each other: a line for each workload, its time and fraction of the bare kernel."""
-    names = [c.name for c in COMPETITORS if any(c.name in result.samples for result in some)]
+def compared(some: Sequence[Result], titles: Sequence[str]) -> list[str]:
+    """Competitors below each other: for each workload, the time and the fraction of the bare kernel's speed."""
     lines = []
-    for title, result in zip(rows, some, strict=True):
-        cells = []
-        for name in names:
-            share = result.of_bare(name) if name in result.samples else None
-            part = "" if share is None else f" ({share:.2f})" if share >= 0.005 else " (0.00)"
-            cells.append(time(result.median(name)) + part if name in result.samples else "")
-        lines.append([title, *cells])
-    return table(["", *names], lines)
+    for competitor in COMPETITORS:
+        name = competitor.name
+        if any(name in result.samples for result in some):
+            lines.append([name, *(_beside_bare(result, name) for result in some)])
+    return table(["", *titles], lines)
+
+
+def _beside_bare(result: Result, name: str) -> str:
+    if name not in result.samples:
+        return ""
+    share = result.of_bare(name)
+    part = "" if share is None else f" ({share:.2f})" if share >= 0.01 else " (<0.01)"
+    return time(result.median(name)) + part
 
 
 def into_readme(
