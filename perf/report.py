@@ -191,7 +191,7 @@ def label(workload: Workload) -> str:
 
 
 def compared(some: Sequence[Result], titles: Sequence[str]) -> list[str]:
-    """Competitors below each other: for each workload, the time and the fraction of the bare kernel's speed."""
+    """Competitors below each other: for each workload, the time and the share of the bare kernel's speed."""
     lines = []
     for competitor in COMPETITORS:
         name = competitor.name

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +14,7 @@ import pytest
 import numba_opt
 
 from . import table
-
-ROOT = Path(numba_opt.__file__).parents[1]
-TESTS = Path(__file__).parents[1]
+from .scripts import ROOT, result
 
 # Every process begins with this: `made` are the kernels, `compiled` the names of those that were compiled
 # rather than found in the cache.
@@ -67,21 +62,10 @@ def check(name, dtype="float32"):
 
 
 def process(cache, script, *args, package=ROOT, rows=True):
-    """Run a script and return the JSON that it printed last."""
-    path = os.pathsep.join(map(str, (package, TESTS)))
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    """The JSON that a script prints last."""
     source = PRELUDE + (ROWS if rows else "") + script
-    done = subprocess.run(
-        [sys.executable, "-c", source, *map(str, args)],
-        cwd=cache,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    settings = {"NUMBA_CACHE_DIR": cache, "PYTHONDONTWRITEBYTECODE": 1}
+    return result(source, *args, cwd=cache, root=package, **settings)
 
 
 def entries(cache):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import random
 import shutil
@@ -21,18 +20,9 @@ import pytest
 import numba_opt
 from numba_opt.kernels import cpu
 
-ROOTS = os.pathsep.join([str(Path(numba_opt.__file__).parents[1]), str(Path(__file__).parents[1])])
+from .scripts import COMPILED, environment, result
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and forks")
-
-
-def process(script, *args, timeout=120, python=sys.executable, **env):
-    """Run a script, from a file so that others can import it, and return the JSON that it printed last."""
-    env = {**os.environ, "PYTHONPATH": ROOTS, **{name: str(value) for name, value in env.items()}}
-    command = [python, *(["-c", script] if isinstance(script, str) else [str(script)]), *map(str, args)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # What most scripts do: train on large and small arrays, and tell the results' digests.
@@ -80,7 +70,7 @@ from numba.np.ufunc import parallel
 new = sorted(set(sys.modules) - before)
 print(json.dumps({"compiled": compiled, "new": new, "layer": parallel._is_initialized}))
 """
-    found = process(script, NUMBA_CACHE_DIR=tmp_path)
+    found = result(script, NUMBA_CACHE_DIR=tmp_path)
     assert found["compiled"] == []
     assert found["layer"] is False
     assert list(tmp_path.iterdir()) == []
@@ -100,7 +90,7 @@ numba_opt.NAG(momentum=0).update([0], [weight], [weight / 2], [None])
 names = ("torch", "cupy", "numba_cuda", "numba.cuda.cudadrv", "matplotlib", "scipy.sparse", "safetensors")
 print(json.dumps([name for name in names if name in sys.modules]))
 """
-    assert process(script) == []
+    assert result(script) == []
 
 
 # ---------------------------------------------------------------- threads
@@ -160,7 +150,7 @@ def _has_layer(name):
 def test_six_threads_beside_somebody_elses_parallel_kernel(layer):
     if not _has_layer(layer):
         pytest.skip(f"numba has no {layer} here")
-    assert process(LAYERS, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4) == layer
+    assert result(LAYERS, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4) == layer
 
 
 def test_the_number_of_threads_is_respected_and_changes_no_bit():
@@ -172,7 +162,7 @@ helpers = sum(thread.name == "numba_opt" for thread in threading.enumerate())
 print(json.dumps([found, helpers]))
 """
     )
-    found = [process(script, NUMBA_NUM_THREADS=count) for count in (1, 2, 5)]
+    found = [result(script, NUMBA_NUM_THREADS=count) for count in (1, 2, 5)]
     assert found == [[found[0][0], helpers] for helpers in (0, 1, 4)]
 
 
@@ -208,7 +198,7 @@ for _ in range(4):
 print(json.dumps([numba.threading_layer(), statuses]))
 """
     )
-    found = process(script, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4)
+    found = result(script, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4)
     assert found == [layer, [0] * 4]
 
 
@@ -246,7 +236,7 @@ if __name__ == "__main__":
     main()
 """
     )
-    assert process(script, method, NUMBA_NUM_THREADS=4) == [[0, 0], True, True, True]
+    assert result(script, method, NUMBA_NUM_THREADS=4) == [[0, 0], True, True, True]
 
 
 # ---------------------------------------------------------------- interrupts
@@ -328,7 +318,7 @@ print(json.dumps([came, count]))
 @POSIX
 @pytest.mark.parametrize("kind", ["update", "trainer", "clip", "strided", "double", "unfused", "exact"])
 def test_interrupts_come_before_or_after_a_step(kind):
-    came, count = process(AT_RANDOM, kind, 0, 100)
+    came, count = result(AT_RANDOM, kind, 0, 100)
     assert came == 100
     assert count > 1
 
@@ -366,7 +356,7 @@ print(json.dumps([came, len(sent)]))
 @POSIX
 def test_interrupts_while_kernels_are_fetched():
     """The first step of a process compiles or loads what it needs; that too comes before the first write."""
-    came, kernels = process(AT_A_KERNEL, "update double trainer clip exact", 0)
+    came, kernels = result(AT_A_KERNEL, "update double trainer clip exact", 0)
     assert 3 <= came <= kernels
 
 
@@ -374,17 +364,8 @@ def test_interrupts_while_kernels_are_fetched():
 
 SMALL = (
     TRAIN
+    + COMPILED
     + """
-from numba.core import event
-
-class Listener(event.Listener):
-    def on_start(self, event):
-        compiled.append(event.data["dispatcher"].py_func.__name__)
-    def on_end(self, event):
-        pass
-
-compiled = []
-event.register("numba:compile", Listener())
 found = train("nag", shapes=((30, 20), 7))
 print(json.dumps({"found": found, "compiled": sorted(compiled)}))
 """
@@ -395,7 +376,7 @@ print(json.dumps({"found": found, "compiled": sorted(compiled)}))
 def kept(tmp_path_factory):
     """A cache as one process leaves it, and what that process found."""
     folder = tmp_path_factory.mktemp("kept")
-    return folder, process(SMALL, NUMBA_CACHE_DIR=folder)
+    return folder, result(SMALL, NUMBA_CACHE_DIR=folder)
 
 
 def damage(path, rng):
@@ -417,8 +398,8 @@ def test_damaged_entries_are_compiled_again(kept, tmp_path):
     for path in sorted(tmp_path.rglob("*.nbc")):
         before[path] = path.stat().st_size
         damage(path, rng)
-    assert process(SMALL, NUMBA_CACHE_DIR=tmp_path) == first
-    assert process(SMALL, NUMBA_CACHE_DIR=tmp_path) == {**first, "compiled": []}
+    assert result(SMALL, NUMBA_CACHE_DIR=tmp_path) == first
+    assert result(SMALL, NUMBA_CACHE_DIR=tmp_path) == {**first, "compiled": []}
     assert sorted(tmp_path.rglob("*.*")) == sorted(before)
 
 
@@ -447,7 +428,7 @@ def test_a_home_that_cannot_be_written(kept, home):
     """/proc takes no folders, not even from root."""
     _, first = kept
     env = {"HOME": home, "XDG_CACHE_HOME": "", "NUMBA_CACHE_DIR": ""}
-    assert process(SMALL, **env) == first
+    assert result(SMALL, **env) == first
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the variables are those of freedesktop.org")
@@ -456,7 +437,7 @@ def test_a_cache_folder_is_never_relative(kept, tmp_path, place):
     """Else kernels would be left wherever a program happens to be started, or in the package's own folder."""
     _, first = kept
     env = {"HOME": tmp_path, "XDG_CACHE_HOME": place, "NUMBA_CACHE_DIR": ""}
-    assert process(SMALL, **env) == first
+    assert result(SMALL, **env) == first
     assert list((tmp_path / ".cache" / "numba_opt").glob("*.nbc"))
 
 
@@ -474,8 +455,8 @@ def test_a_full_disk(kept, tmp_path):
     if mounted is None or mounted.returncode:
         pytest.skip("cannot mount a small disk")
     try:
-        assert process(SMALL, NUMBA_CACHE_DIR=tmp_path) == first
-        again = process(SMALL, NUMBA_CACHE_DIR=tmp_path)
+        assert result(SMALL, NUMBA_CACHE_DIR=tmp_path) == first
+        again = result(SMALL, NUMBA_CACHE_DIR=tmp_path)
         assert again["found"] == first["found"]
         assert not list(tmp_path.rglob("*.tmp"))
     finally:
@@ -496,7 +477,7 @@ print(int(total.sum()))
 
 
 def test_sixteen_processes_that_start_cold_together(tmp_path):
-    env = {**os.environ, "PYTHONPATH": ROOTS, "NUMBA_CACHE_DIR": str(tmp_path)}
+    env = environment(NUMBA_CACHE_DIR=tmp_path)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", COLD]
     with contextlib.ExitStack() as stack:
@@ -592,7 +573,7 @@ def test_soak():
     """Eight threads, everything mixed: memory stays flat, and each result is the serial one's."""
     seconds = float(os.environ.get("NUMBA_OPT_SOAK", "20"))
     env = {"NUMBA_NUM_THREADS": 4, "MALLOC_MMAP_THRESHOLD_": 65536}  # what is freed leaves the process
-    found = process(SOAK, seconds, timeout=seconds * 2 + 300, **env)
+    found = result(SOAK, seconds, timeout=seconds * 2 + 300, **env)
     print(found)
     assert found["rounds"] > 8
     assert found["after"] - found["before"] < 32, found
@@ -628,4 +609,4 @@ assert found == [expected] * 5
 print(json.dumps(len(found)))
 """
     )
-    assert process(script, python=python, PYTHON_GIL=0, NUMBA_NUM_THREADS=4) == 5
+    assert result(script, python=python, PYTHON_GIL=0, NUMBA_NUM_THREADS=4) == 5

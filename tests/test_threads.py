@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-import numba_opt
 from numba_opt.kernels import threads
 
 from . import table
-
-SEARCHED = os.pathsep.join([str(Path(numba_opt.__file__).parents[1]), str(Path(__file__).parents[1])])
+from .scripts import printed
 
 PRELUDE = """
 import os, threading
@@ -40,11 +35,7 @@ def run(name="ftml"):
 
 def process(script, **env):
     """A fresh process; the kernels come from the cache of the tests."""
-    env = {**os.environ, "PYTHONPATH": SEARCHED, **env}
-    command = [sys.executable, "-c", PRELUDE + script]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
-    return done.stdout
+    return printed(PRELUDE + script, **env)
 
 
 def train(row, steps=10):

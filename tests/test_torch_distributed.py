@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import numba_opt
+from .scripts import environment
 
 torch = pytest.importorskip("torch")
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no torch.distributed with gloo", allow_module_level=True)
 
-ROOTS = os.pathsep.join([str(Path(numba_opt.__file__).parents[1]), str(Path(__file__).parents[1])])
 
 # Each process joins the group, trains a model on its half of each batch, and compares.
 PRELUDE = """
@@ -148,13 +145,13 @@ def test_two_processes(script, tmp_path):
         if not hasattr(torch.distributed.fsdp, "fully_shard"):
             pytest.skip("this torch has no fully_shard")
     text = PRELUDE + script + "\ndist.barrier()\ndist.destroy_process_group()\n"
-    environment = {**os.environ, "PYTHONPATH": ROOTS, "GLOO_SOCKET_IFNAME": "lo"}
+    env = environment(GLOO_SOCKET_IFNAME="lo")
     if sys.platform != "linux":
-        del environment["GLOO_SOCKET_IFNAME"]
+        del env["GLOO_SOCKET_IFNAME"]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", text, str(rank), str(tmp_path / "meeting")],
-            env=environment,
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,37 +15,25 @@ import pytest
 import numba_opt
 from numba_opt.kernels import cache
 
-ROOTS = os.pathsep.join([str(Path(numba_opt.__file__).parents[1]), str(Path(__file__).parents[1])])
+from .scripts import COMPILED, environment, result
+
 MODULE = sys.modules["numba_opt.warmup"]  # the package's attribute is the function
 
-# `compiled` are the kernels that this process had to compile.
-PRELUDE = """
+PRELUDE = (
+    COMPILED
+    + """
 import json, os, sys
-from numba.core import event
-
-class Listener(event.Listener):
-    def on_start(self, event):
-        compiled.append(event.data["dispatcher"].py_func.__name__)
-    def on_end(self, event):
-        pass
-
-compiled = []
-event.register("numba:compile", Listener())
-
 import numpy as np
 import numba_opt
 
 work = sys.modules["numba_opt.warmup"]
 """
+)
 
 
 def process(script, *args, **env):
-    """Run a script and return the JSON that it printed last."""
-    env = {**os.environ, "PYTHONPATH": ROOTS, **{name: str(value) for name, value in env.items()}}
-    command = [sys.executable, "-c", PRELUDE + script, *map(str, args)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """The JSON that a script prints last."""
+    return result(PRELUDE + script, *args, **env)
 
 
 def files(folder):
@@ -245,7 +232,7 @@ print(json.dumps({"summary": summary, "later": compiled[before:], "weight": weig
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_interrupt(tmp_path):
     """One line, nothing half-written, nobody left behind."""
-    env = {**os.environ, "PYTHONPATH": ROOTS, "NUMBA_CACHE_DIR": str(tmp_path)}
+    env = environment(NUMBA_CACHE_DIR=tmp_path)
     command = [sys.executable, "-m", "numba_opt", "warmup"]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as running:
         began = time.monotonic()
@@ -283,7 +270,7 @@ def test_progress_bar_on_a_terminal(shown):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     script = "import numba_opt, sys; numba_opt.warmup('nag', sparse=False, progress=sys.argv[1] == 'True')"
-    env = {**os.environ, "PYTHONPATH": ROOTS}
+    env = environment()
     subprocess.run([sys.executable, "-c", script, str(shown)], env=env, stderr=theirs, check=True)
     os.write(theirs, b"end")
     found = b""

@@ -1,0 +1,55 @@
+"""Scripts that tests run in processes of their own, where the package and the tests can be imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numba_opt
+
+ROOT = Path(numba_opt.__file__).parents[1]
+TESTS = Path(__file__).parents[1]
+
+# Put before a script: `compiled` are the names of what Numba has compiled since.
+COMPILED = """
+from numba.core import event
+
+class Listener(event.Listener):
+    def on_start(self, event):
+        compiled.append(event.data["dispatcher"].py_func.__name__)
+    def on_end(self, event):
+        pass
+
+compiled = []
+event.register("numba:compile", Listener())
+"""
+
+
+def environment(root=ROOT, **env):
+    """The environment of such a process, with some variables set."""
+    searched = os.pathsep.join(map(str, (root, TESTS)))
+    return {**os.environ, "PYTHONPATH": searched, **{name: str(value) for name, value in env.items()}}
+
+
+def printed(script, *args, python=sys.executable, options=(), timeout=300, cwd=None, root=ROOT, **env):
+    """What a script prints: a text, or the path of a file that it is in. It must end well."""
+    given = ["-c", script] if isinstance(script, str) else [str(script)]
+    done = subprocess.run(
+        [python, *options, *given, *map(str, args)],
+        env=environment(root, **env),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, (done.returncode, done.stdout[-1500:], done.stderr[-3000:])
+    return done.stdout
+
+
+def result(script, *args, **settings):
+    """The JSON that a script prints last; settings as for `printed`."""
+    return json.loads(printed(script, *args, **settings).splitlines()[-1])
