@@ -44,14 +44,19 @@ int cuPointerGetAttribute(void *value, int kind, address place) { return *(int *
 
 int cuMemAlloc(address *place, size_t bytes) { return *place = (address)malloc(bytes), 0; }
 int cuMemFree(address place) { return free((void *)place), 0; }
-int cuMemsetD8(address place, unsigned char byte, size_t count) { return memset((void *)place, byte, count), 0; }
+
+/* The default stream sets memory at a time of its own: until it is waited for, no other stream may use any. */
+static int setting;
+int cuMemsetD8(address place, unsigned char byte, size_t count) {
+    return memset((void *)place, byte, count), setting = 1, 0;
+}
 int cuMemHostAlloc(void **place, size_t bytes, unsigned flags) { return *place = malloc(bytes), 0; }
 int cuMemFreeHost(void *place) { return free(place), 0; }
 int cuMemcpyDtoH(void *to, address from, size_t bytes) { return memcpy(to, (void *)from, bytes), 0; }
 int cuMemcpyHtoD(address to, const void *from, size_t bytes) { return memcpy((void *)to, from, bytes), 0; }
 int cuMemcpyHtoDAsync(address to, const void *from, size_t bytes, void *stream) {
     printf("copy %zu %p\n", bytes, stream);
-    return memcpy((void *)to, from, bytes), 0;
+    return memcpy((void *)to, from, bytes), stream && setting ? 999 : 0;
 }
 
 int cuEventCreate(void **event, unsigned flags) { return *event = (void *)0x20, 0; }
@@ -59,7 +64,7 @@ int cuEventRecord(void *event, void *stream) { return 0; }
 int cuEventSynchronize(void *event) { return 0; }
 int cuEventDestroy(void *event) { return 0; }
 int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return 0; }
-int cuStreamSynchronize(void *stream) { return 0; }
+int cuStreamSynchronize(void *stream) { return setting &= stream != 0, 0; }
 int cuStreamIsCapturing(void *stream, int *status) { return *status = 0, 0; }
 
 int cuModuleLoadData(void **module, const void *image) {
@@ -72,5 +77,5 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
                    unsigned shared, void *stream, void **arguments, void **extra) {
     double number = strstr(function, "set_hyper") ? *(double *)arguments[10] : 0;
     printf("%s %u %u %p %lld %g\n", (char *)function, x * y * z, a * b * c, stream, *(long long *)arguments[0], number);
-    return 0;
+    return stream && setting ? 999 : 0;
 }

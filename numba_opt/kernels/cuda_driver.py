@@ -154,6 +154,7 @@ class Memory:
         with device.current():
             self.address = int(call(driver.cuMemAlloc, max(size, 1)))
             call(driver.cuMemsetD8, self.address, 0, max(size, 1))
+            call(driver.cuStreamSynchronize, 0)  # streams that do not wait for the default one write here
 
     def __del__(self) -> None:
         if self.address:
