@@ -199,18 +199,7 @@ def _shadow(
     half = typestr == "<V2"
     if half and "ml_dtypes" not in sys.modules:
         raise TypeError(f"{what} is bfloat16, which needs the package ml_dtypes to be imported")
-    if 0 in shape:
-        array = np.empty(shape, "<u2" if half else typestr)
-        array.flags.writeable = not read_only
-    else:
-        interface = {
-            "version": 3,
-            "shape": shape,
-            "typestr": "<u2" if half else typestr,
-            "data": (address, bool(read_only)),
-            "strides": None if strides is None else tuple(strides),
-        }
-        array = np.asarray(_Interface(interface))
+    array = stand_in(address, shape, "<u2" if half else typestr, strides, read_only)
     if half:
         array = array.view(sys.modules["ml_dtypes"].bfloat16)
     if not array.flags.c_contiguous:
@@ -218,6 +207,24 @@ def _shadow(
     if not array.flags.aligned:
         raise ValueError(f"{what} begins at address {address:#x}; expected a multiple of {array.itemsize}")
     return array
+
+
+def stand_in(
+    address: int, shape: tuple[int, ...], typestr: str, strides: Any, read_only: bool = False
+) -> np.ndarray:
+    """A NumPy array that lies where and as a CUDA array does, to be asked for that and nothing else."""
+    if 0 in shape:
+        array = np.empty(shape, typestr)
+        array.flags.writeable = not read_only
+        return array
+    interface = {
+        "version": 3,
+        "shape": shape,
+        "typestr": typestr,
+        "data": (address, bool(read_only)),
+        "strides": None if strides is None else tuple(strides),
+    }
+    return np.asarray(_Interface(interface))
 
 
 def look_at(value: Any, what: str) -> np.ndarray:

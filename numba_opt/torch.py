@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import adamax, arguments, contrib, execution, ftml, nag, optimizer, rmsprop
 from .torch_binding import Batch, Binding, Formula, Kind, Member
+from .torch_cuda import CudaBatch, stream_for
 from .torch_tensors import check_gradient, check_parameter, is_counter
 
 __all__ = ["FTML", "NAG", "Adamax", "GroupAdaGrad", "RMSProp"]
@@ -31,7 +32,7 @@ WAYS = ("foreach", "fused")
 # What torch's optimizers can do and these cannot.
 REFUSED = {
     "differentiable": "steps are not recorded for autograd",
-    "capturable": "steps are not captured in CUDA graphs",
+    "capturable": "steps are not captured in CUDA graphs; those of numba_opt.Trainer are, with its `advance`",
 }
 
 KEPT = 8  # bindings, where gradients come and go
@@ -217,19 +218,26 @@ class Optimizer(torch.optim.Optimizer):
         """Look at everything, make the states that are missing, and bind what belongs together."""
         places = [(g, k) for g, group in enumerate(self.param_groups) for k in range(len(group["params"]))]
         turns: dict[int, int] = {}  # how many times a parameter has come already
+        devices = set()
         members: dict[Any, list[Member]] = {}
         for at, ((g, k), param, grad) in enumerate(zip(places, params, grads, strict=True)):
             if grad is not None:
                 label = self._label(g, k)
-                check_parameter(param, label, kinds[g].rule.per_row)
+                weight = check_parameter(param, label, kinds[g].rule.per_row)
                 check_gradient(grad, param, f"gradient of {label}")
+                if weight.is_cuda and weight.device not in devices:
+                    stream_for(weight)  # before states are made
+                devices.add(weight.device)
                 turn = turns[id(param)] = turns.get(id(param), -1) + 1
                 member = Member(at, g, label, param, grad, self.state[param])
-                members.setdefault((kinds[g], turn), []).append(member)
-        for (kind, _), alike in members.items():
+                members.setdefault((kinds[g], turn, weight.device), []).append(member)
+        for (kind, *_), alike in members.items():
             for member in alike:
                 self._complete(member, kind)
-        batches = [Batch(kind, alike, turn) for (kind, turn), alike in members.items()]
+        batches = [
+            (CudaBatch if on.type == "cuda" else Batch)(kind, alike, turn)
+            for (kind, turn, on), alike in members.items()
+        ]
         return Binding(params, kinds, self.state, batches)
 
     def _complete(self, member: Member, kind: Kind) -> None:

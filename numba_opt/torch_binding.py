@@ -7,17 +7,18 @@ has changed, they are made anew, and everything is checked as at the first step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import device, execution, sparse
+from . import device, execution, interrupts
 from .kernels import counters, ndarray, threads
 from .torch_tensors import (
     check_gradient,
@@ -103,21 +104,26 @@ class Binding:
             jobs: list[threads.Job] = []
             after: list[partial[Any]] = []
             for batch in self.batches:
-                jobs += batch.jobs(formulas, rates)
-                after += batch.after()
+                calls, following = batch.calls(formulas, rates)
+                jobs += calls
+                after += following
             for batch in self.batches:
                 torch.autograd.graph.increment_version(batch.params)
-            threads.run(jobs, after)
+            compiled = all(batch.compiled for batch in self.batches)
+            with contextlib.nullcontext() if compiled else interrupts.held_back():
+                threads.run(jobs, after)
         finally:
             for batch in self.batches:
                 batch.let_go()
 
 
 class Batch:
-    """Parameters that one rule updates, each of them once.
+    """Parameters on one device that one rule updates, each of them once.
 
     `turn` is how many times they have come before, in a list of parameters with duplicates.
     """
+
+    compiled: ClassVar[bool] = True  # whether nothing of a step's calls is written in Python
 
     def __init__(self, kind: Kind, members: Sequence[Member], turn: int) -> None:
         self.kind, self.turn = kind, turn
@@ -165,10 +171,9 @@ class Batch:
         ]
         self.found = survey(work)
         if self.replaced or self._overlapping():
-            check_memory(columns[:n_column], self._what()[:n_column], self.labels, self.parts)
+            check_memory(columns[:n_column], self._what()[:n_column], self.labels, self._apart())
         self.tables = device.tables(self.found, rule.n_state)
-        self.launches = execution.launches(rule, self.tables)
-        self.numbered: Any = None  # by which rows of hyper-parameters the tables' tensors are numbered
+        self._prepare()
         sizes = [[1 if x is None else x.element_size() for x in column] for column in work]
         self.item_sizes = np.array(sizes, np.uint64).T
         self.counters = np.array([x.data_ptr() for c in columns[n_column:] for x in c], np.uint64)
@@ -204,13 +209,24 @@ class Batch:
 
     def _take_parts(self, grads: Sequence[Any]) -> None:
         """Look at the sparse gradients."""
-        self.parts: dict[int, sparse.Parts] = {
+        self.parts: dict[int, Any] = {
             t: parts_of(grads[t], f"gradient of {self.labels[t]}") for t in self.sparse
         }
 
+    def _apart(self) -> dict[int, list[np.ndarray]]:
+        """The arrays of sparse gradients."""
+        return {t: part.arrays() for t, part in self.parts.items()}
+
     def _overlapping(self) -> bool:
         """Whether a tensor that is written shares memory with another one."""
-        return ndarray.overlapping(self.found, [a for part in self.parts.values() for a in part.arrays()])
+        return ndarray.overlapping(
+            self.found, [array for arrays in self._apart().values() for array in arrays]
+        )
+
+    def _prepare(self) -> None:
+        """Have kernels for the tables."""
+        self.launches = execution.launches(self.kind.rule, self.tables)
+        self.numbered: Any = None  # by which rows of hyper-parameters the tables' tensors are numbered
 
     # ---------------------------------------------------------------- from step to step
 
@@ -277,9 +293,14 @@ class Batch:
                 table.addresses[:, :n_column] = now[table.members]
         return True
 
-    def jobs(self, formulas: Sequence[Formula], rates: Sequence[float]) -> list[threads.Job]:
-        """The kernel calls of a step."""
+    def calls(
+        self, formulas: Sequence[Formula], rates: Sequence[float]
+    ) -> tuple[list[threads.Job], list[partial[Any]]]:
+        """The kernel calls of a step, and what comes after them."""
         hyper, which = self._hyper(formulas, rates)
+        return self._jobs(hyper, which), self._after()
+
+    def _jobs(self, hyper: list[tuple[float, ...]], which: np.ndarray) -> list[threads.Job]:
         if self.sparse:
             bound = device.Bound(self.tables, self.found, (), [])
             return execution.all_jobs(self.kind.rule, execution.Work(bound, self.parts, {}, {}), hyper, which)
@@ -288,8 +309,8 @@ class Batch:
             self.numbered = which
         return execution.dense_jobs(self.launches, hyper)
 
-    def after(self) -> list[partial[Any]]:
-        """What comes after them: copies are written back, and the update is counted."""
+    def _after(self) -> list[partial[Any]]:
+        """Copies are written back, and the update is counted."""
         written = device.Bound([], self.found, (), self.replaced).write_back()
         return (
             [*written, partial(counters.compiled_count_up(), self.counters)] if self.kind.counted else written

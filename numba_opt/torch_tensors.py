@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import device, sparse
+from . import cuda_arrays, device, sparse
 from .kernels import dlpack, ndarray
 
 CODES = {torch.float32: "f4", torch.float64: "f8", torch.float16: "f2", torch.bfloat16: "b2"}
@@ -34,17 +34,20 @@ def check_parameter(param: Any, what: str, per_row: bool) -> Tensor:
     TypeError
         It is of a dtype, layout or class that no kernel takes.
     ValueError
-        It is not in this machine's memory, or not a matrix where that is needed.
+        It is not in the memory of the CPU or of an NVIDIA GPU, or not a matrix where that is needed.
+    CudaUnavailableError
+        It is on a GPU, and what that takes is not installed.
     """
     tensor = local(param)
     if param.dtype not in CODES:
         raise TypeError(f"{what} is {param.dtype}; expected float32, float64, float16 or bfloat16")
-    # Where a device is decided: kernels for others would be chosen here.
     if tensor.device.type == "meta":
-        raise ValueError(f"{what} is a meta tensor, which has no memory; expected one on the CPU")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{what} is on {tensor.device}; this version updates parameters on the CPU")
+        raise ValueError(f"{what} is a meta tensor, which has no memory; expected one on the CPU or a GPU")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{what} is on {tensor.device}; expected one on the CPU or an NVIDIA GPU")
     _check_kind(tensor, what)
+    if tensor.is_cuda:
+        cuda_arrays.kernels()
     if per_row:
         if tensor.ndim != 2:
             raise ValueError(f"{what} has shape {tuple(param.shape)}; expected 2 dimensions")
@@ -148,7 +151,7 @@ def laid_out(tensor: Any, order: tuple[int, ...] | None) -> Any:
     alike = _strides(tensor, tensor.stride()) == _strides(tensor, order)
     if alike and tensor.data_ptr() % tensor.element_size() == 0 and not tensor.is_neg():
         return tensor
-    return torch.empty_strided(tensor.shape, order, dtype=tensor.dtype).copy_(tensor.detach())
+    return tensor.new_empty_strided(tensor.shape, order).copy_(tensor.detach())
 
 
 def survey(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
@@ -181,16 +184,15 @@ def check_memory(
     columns: Sequence[Sequence[Tensor | None]],
     names: Sequence[str],
     labels: Sequence[str],
-    parts: Mapping[int, sparse.Parts],
+    apart: Mapping[int, Sequence[np.ndarray]],
 ) -> None:
-    """Refuse tensors that share memory, with another one or within themselves."""
+    """Refuse tensors that share memory, with another one, one that is `apart`, or within themselves."""
     arrays: list[list[Any]] = [
-        [None if x is None else _memory(x.resolve_neg()) for x in column] for column in columns
+        [None if x is None else memory(x.resolve_neg()) for x in column] for column in columns
     ]
     for name, column in zip(names[1:], arrays[1:], strict=True):
         for t, array in enumerate(column):
             device.check_writable(array, f"{name} of {labels[t]}")
-    apart = {t: part.arrays() for t, part in parts.items()}
     device.check_apart(arrays, names, labels.__getitem__, apart)
 
 
@@ -202,9 +204,14 @@ def check_storage(tensor: Tensor, what: str) -> None:
         raise ValueError(f"{what} needs {needed} bytes of its storage, which has {max(there, 0)} for it")
 
 
-def _memory(tensor: Tensor) -> np.ndarray:
-    """A tensor's memory as a NumPy array, bfloat16 as integers."""
+def memory(tensor: Tensor) -> np.ndarray:
+    """A tensor's memory as a NumPy array, bfloat16 as integers; a GPU's must not be looked into."""
     tensor = tensor.detach()
+    if tensor.is_cuda:
+        size = tensor.element_size()
+        kind = f"<i{size}" if tensor.dtype in (torch.bfloat16, torch.int64) else f"<f{size}"
+        strides = [size * stride for stride in tensor.stride()]
+        return cuda_arrays.stand_in(tensor.data_ptr(), tuple(tensor.shape), kind, strides)
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -221,7 +228,7 @@ def parts_of(grad: Tensor, what: str) -> sparse.Parts:
         real = torch.float64 if values.dtype == torch.float64 else torch.float32
         sums = torch.zeros((len(rows), *grad.shape[1:]), dtype=real)
         values = sums.index_put_((places, *indices[1:]), values.to(real), accumulate=True)
-    block = _memory(laid_out(values, None))
+    block = memory(laid_out(values, None))
     return sparse.by_row(block, CODES[values.dtype], rows.numpy(), grad.shape[0], what)
 
 

@@ -63,7 +63,7 @@ int cuEventCreate(void **event, unsigned flags) { return *event = (void *)0x20, 
 int cuEventRecord(void *event, void *stream) { return 0; }
 int cuEventSynchronize(void *event) { return 0; }
 int cuEventDestroy(void *event) { return 0; }
-int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return 0; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return printf("wait %p\n", stream), 0; }
 int cuStreamSynchronize(void *stream) { return setting &= stream != 0, 0; }
 int cuStreamIsCapturing(void *stream, int *status) { return *status = 0, 0; }
 

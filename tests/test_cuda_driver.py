@@ -57,17 +57,56 @@ table.step([rows])
 print(json.dumps([found, trainer.grad_norm, trainer.skipped_steps, table.stray_rows]))
 """
 
+FRONT = """
+import pytest
+import torch
+import numba_opt.torch
+from tests import cuda_torch
+
+cuda_torch.stand_in(pytest.MonkeyPatch())
+
+
+def zeros(*shapes):
+    return [cuda_torch.on_gpu(torch.nn.Parameter(torch.zeros(shape))) for shape in shapes]
+
+
+params = zeros(10_000, 7)
+optimizer = numba_opt.torch.Adamax(params, lr=0.5, betas=(0.5, 0.5))
+kept = []
+for fresh in (True, False, True):
+    print("step")
+    if fresh:
+        kept.append(zeros(10_000, 7))
+        for param, grad in zip(params, kept[-1]):
+            param.grad = grad.detach()
+    optimizer.step()
+print("step")
+with numba_opt.cuda.on(0x70):
+    optimizer.step()
+print("step")
+(table,) = zeros((9, 4))
+rows = torch.sparse_coo_tensor([[3, 1, 3]], torch.zeros(3, 4), (9, 4), check_invariants=True)
+table.grad = torch.Tensor._make_subclass(cuda_torch.CudaTensor, rows)
+numba_opt.torch.GroupAdaGrad([table]).step()
+print(int(optimizer.state[params[0]]["step"]))
+"""
+
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    """What a process printed: its last line, and the calls of each step as lists of words."""
+def library(tmp_path_factory):
+    """The folder of the driver, compiled."""
     folder = tmp_path_factory.mktemp("driver")
     library = folder / "libcuda.so.1"
     command = [COMPILER, "-shared", "-fPIC", "-o", str(library), str(TESTS / "fake_driver.c"), "-ldl"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
-    env = {**os.environ, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(TESTS.parent)}
+    return folder
+
+
+def run(script, library):
+    """What a process printed: its last line as JSON, and the calls of each step as lists of words."""
+    env = {**os.environ, "LD_LIBRARY_PATH": str(library), "PYTHONPATH": str(TESTS.parent)}
     done = subprocess.run(
-        [sys.executable, "-u", "-c", SCRIPT],
+        [sys.executable, "-u", "-c", script],
         env=env,
         capture_output=True,
         text=True,
@@ -80,9 +119,14 @@ def seen(tmp_path_factory):
     return json.loads(last), [[line.split() for line in step] for step in steps]
 
 
+@pytest.fixture(scope="module")
+def seen(library):
+    return run(SCRIPT, library)
+
+
 def kernels(step):
     """The kernels and copies of a step, by name."""
-    words = r"copy|set_hyper|_element_kernel|squares|clip_norm|keys|merge|rows"
+    words = r"copy|wait|set_hyper|_element_kernel|squares|clip_norm|keys|merge|rows"
     return [re.search(words, line[0])[0] for line in step]
 
 
@@ -116,3 +160,24 @@ def test_grids_streams_and_arguments(seen):
 
 def test_what_is_read_back(seen):
     assert seen[0][1:] == [0.0, 0, False]
+
+
+def test_the_torch_front(library):
+    """Gradients that lie elsewhere cost a copy of the table; all goes to torch's stream, or beside it."""
+    pytest.importorskip("torch")
+    counted, steps = run(FRONT, library)
+    first, second, third, named, sparse = map(kernels, steps)
+    assert first == ["copy", "set_hyper", "_element_kernel"]
+    assert second == ["set_hyper", "_element_kernel"]  # the learning rate is of the update's number
+    assert third == first
+    assert named == ["wait", "wait", *second, "wait"]
+    assert sparse == ["copy", "set_hyper", "keys", "merge", "merge", "rows"]
+    assert {line[2 if line[0] == "copy" else 3] for step in steps[:3] for line in step} == {"0x51"}
+    assert [line[-1] if line[0] == "wait" else line[3] for line in steps[3]] == [
+        *["0x70"] * 4,
+        "0x51",
+    ]
+    assert [float(step[-2][5]) for step in steps[:3]] == pytest.approx(
+        [0.5 / (1 - 0.5**t) for t in (1, 2, 3)]
+    )
+    assert counted == 4

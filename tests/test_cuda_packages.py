@@ -65,6 +65,21 @@ def test_no_driver(no_gpu):
         numba_opt.Trainer([Fake()], "nag")
 
 
+def test_the_torch_front(no_gpu):
+    torch = pytest.importorskip("torch")
+    from numba_opt.torch import NAG
+
+    from . import cuda_torch
+
+    parameter = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(numba_opt.cuda.CudaUnavailableError, match=r"CUDA needs .*numba_opt\[cuda"):
+        NAG([cuda_torch.on_gpu(parameter)])
+    optimizer = NAG([parameter])
+    with pytest.raises(numba_opt.cuda.CudaUnavailableError, match=r"CUDA needs .*numba_opt\[cuda"):
+        optimizer.add_param_group({"params": cuda_torch.on_gpu(parameter)})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_warmup_for_devices_that_are_not_there(no_gpu, capsys):
     with pytest.raises(numba_opt.cuda.CudaUnavailableError, match="CUDA needs"):
         numba_opt.warmup("nag", devices=["cuda"])
