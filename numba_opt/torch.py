@@ -3,284 +3,27 @@
 ``from numba_opt.torch import RMSProp`` is a drop-in for ``torch.optim.RMSprop``: the same options,
 schedulers, hooks and checkpoints. torch is an optional extra; nothing that this package imports by itself
 needs it.
+
+Parameters may be on the CPU, on an NVIDIA GPU or several, or some here and some there; gradients and states
+are where their parameter is. On a GPU a step is one launch for each dtype, on torch's current stream, and
+the host does not wait. (This has been proven without a GPU only.) Two things are different from the CPU:
+rows of a sparse gradient that its parameter has not are left out, as the host does not look at them; and a
+step cannot be captured in a CUDA graph, as one of `numba_opt.Trainer` can.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, repeat
-from operator import attrgetter, is_, itemgetter
+from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from . import adamax, arguments, contrib, execution, ftml, nag, optimizer, rmsprop
-from .torch_binding import Batch, Binding, Formula, Kind, Member
-from .torch_cuda import CudaBatch, stream_for
-from .torch_tensors import check_gradient, check_parameter, is_counter
+from . import adamax, contrib, ftml, nag, rmsprop
+from .torch_binding import Formula
+from .torch_optimizer import Optimizer, Options, number_of
 
 __all__ = ["FTML", "NAG", "Adamax", "GroupAdaGrad", "RMSProp"]
-
-Options = Mapping[str, Any]
-
-# How torch is to run its own optimizers. Ours have one way, which is all of these at once.
-WAYS = ("foreach", "fused")
-
-# What torch's optimizers can do and these cannot.
-REFUSED = {
-    "differentiable": "steps are not recorded for autograd",
-    "capturable": "steps are not captured in CUDA graphs; those of numba_opt.Trainer are, with its `advance`",
-}
-
-KEPT = 8  # bindings, where gradients come and go
-
-ADDED_LATER = ("momentum_buffer", "mom")  # states that a parameter may lack: momentum begins at 0
-
-
-class Optimizer(torch.optim.Optimizer):
-    """What the optimizers of this module share: their options, and one step for all parameter groups.
-
-    `formula` is "torch" or "mxnet"; `given` holds options by name, where None means the default.
-    """
-
-    own: ClassVar[type[optimizer.Optimizer]]  # whose formula ``formula="mxnet"`` is
-    torch_options: ClassVar[dict[str, Any]]  # names and defaults of the options of ``formula="torch"``
-    counted: ClassVar[bool] = True  # whether updates are counted, as ``step`` in a parameter's state
-
-    def __init__(self, params: Any, formula: str, given: Options) -> None:
-        self._forget()
-        defaults = self._defaults(arguments.choice("formula", formula, ("torch", "mxnet")))
-        given = _renamed({name: value for name, value in given.items() if value is not None}, formula)
-        for name in given:
-            if name not in (*defaults, *WAYS, *REFUSED):
-                raise TypeError(
-                    f"{type(self).__name__}() with formula={formula!r} has no parameter {name!r}; "
-                    f"it takes {', '.join(defaults)}"
-                )
-        super().__init__(params, {**defaults, **given, "formula": formula})
-
-    def _forget(self) -> None:
-        self._bindings: dict[bytes, Binding] = {}  # by which parameters have no gradient
-        self._formulas: list[tuple[Any, Formula]] = []  # of each group, with the options they are made of
-
-    # ---------------------------------------------------------------- options
-
-    @classmethod
-    @functools.cache
-    def _defaults(cls, formula: str) -> dict[str, Any]:
-        """The names and defaults of a formula's options."""
-        if formula == "torch":
-            return cls.torch_options
-        known = arguments.parameters(cls.own)
-        shared = {*arguments.parameters(optimizer.Optimizer)} - {"wd", "rescale_grad", "clip_gradient"}
-        own = {name: value for name, value in known.items() if name not in shared}
-        return {"lr": known["learning_rate"], **own, "maximize": False}
-
-    @classmethod
-    @functools.cache
-    def _names(cls, formula: str) -> tuple[str, ...]:
-        """The options that a formula is made of. The learning rate changes often, and comes in later."""
-        return (*({*cls._defaults(formula)} - {"lr"}), "formula", *REFUSED)
-
-    def _torch(self, group: Options) -> Formula:
-        """torch's formula, or under torch's names this package's where torch has none."""
-        raise NotImplementedError
-
-    def _mxnet(self, group: Options) -> Formula:
-        """This package's own formula."""
-        names = [name for name in self._defaults("mxnet") if name not in ("lr", "maximize")]
-        return self._as_own(group, **{name: group[name] for name in names})
-
-    def _as_own(self, group: Options, **options: Any) -> Formula:
-        """The formula of this package's optimizer with some options."""
-        own = self.own(**options)
-        rescale = -own.rescale_grad if group["maximize"] else own.rescale_grad
-
-        def row(lr: float, t: int) -> tuple[float, ...]:
-            return own._hyper_row(rescale, lr, own.wd, t)
-
-        return Formula(Kind(own._rule(), own.state_names, self.counted), row)
-
-    def _made_of(
-        self,
-        group: Options,
-        rule: Callable[..., Any],
-        states: tuple[str, ...],
-        hyper: Callable[[float, int], tuple[float, ...]],
-    ) -> Formula:
-        """The formula of a rule of torch's: maximising is a matter of the gradient's sign."""
-        first = (-1.0 if group["maximize"] else 1.0, math.inf, _number(group, "weight_decay"))
-
-        def row(lr: float, t: int) -> tuple[float, ...]:
-            return (*first, *hyper(lr, t))
-
-        return Formula(Kind(execution.Rule(rule, len(states), False), states, self.counted), row)
-
-    def _formula_of(self, group: Options, expected: str) -> Formula:
-        """The formula that a group's options ask for; all of them are checked."""
-        if group["formula"] != expected:
-            raise ValueError(
-                f"formula of a parameter group is {group['formula']!r}; expected {expected!r}, "
-                "as the optimizer's"
-            )
-        for name in REFUSED:
-            if group.get(name):
-                raise ValueError(f"{name} must be False, got {group[name]!r}: {REFUSED[name]}")
-        _rate(group)
-        return self._mxnet(group) if group["formula"] == "mxnet" else self._torch(group)
-
-    def _current(self) -> list[Formula]:
-        """Each group's formula; options may have changed since the last step."""
-        known = self._formulas if len(self._formulas) == len(self.param_groups) else repeat((None, None))
-        chosen = self.defaults["formula"]
-        names = self._names(chosen)
-        current: list[Any] = []
-        for group, (options, formula) in zip(self.param_groups, known, strict=False):
-            now = list(map(group.get, names))
-            current.append((now, formula if now == options else self._formula_of(group, chosen)))
-        self._formulas = current
-        return [formula for _, formula in current]
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own. Arguments and errors as in `torch.optim.Optimizer`."""
-        if isinstance(param_group, dict):
-            param_group = _renamed(param_group, self.defaults["formula"])
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            formula = self._formula_of(group, self.defaults["formula"])
-            for k, param in enumerate(group["params"]):
-                check_parameter(param, self._label(len(self.param_groups) - 1, k), formula.kind.rule.per_row)
-        except BaseException:
-            self.param_groups.pop()
-            raise
-
-    def _label(self, number: int, k: int) -> str:
-        """What a parameter is called in errors."""
-        group = self.param_groups[number]
-        if "param_names" in group:
-            return f"parameter {group['param_names'][k]!r}"
-        return f"parameter {k}" if len(self.param_groups) == 1 else f"parameter {k} of group {number}"
-
-    # ---------------------------------------------------------------- as a value
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what was copied, pickled or loaded, perhaps from an optimizer of torch's."""
-        defaults = state.get("defaults") or self.defaults  # what is loaded has none
-        for group in state["param_groups"]:
-            group.setdefault("formula", "torch")
-            for name, default in self._defaults(defaults["formula"]).items():
-                group.setdefault(name, default)
-            self._formula_of(group, defaults["formula"])
-        super().__setstate__(state)
-        self._forget()
-
-    # ---------------------------------------------------------------- a step
-
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # kernel calls are not for torch.compile
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient.
-
-        Parameters
-        ----------
-        closure : callable, optional
-            Evaluates the model anew and returns the loss, which is returned.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A parameter, gradient, state or option does not fit; no parameter has been changed.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        formulas = self._current()
-        rates = list(map(_rate, self.param_groups))
-        params = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
-        grads = list(map(attrgetter("grad"), params))
-        kinds = [formula.kind for formula in formulas]
-        absent = bytes(map(is_, grads, repeat(None)))
-        binding = self._bindings.pop(absent, None)  # until the step has been made
-        if binding is None or not binding.refresh(params, grads, kinds, self.state):
-            if binding is not None or len(self._bindings) >= KEPT:
-                self._bindings.clear()
-            with torch.no_grad():
-                binding = self._bind(params, grads, kinds)
-        binding.step(formulas, rates)
-        self._bindings[absent] = binding
-        return loss
-
-    def _bind(self, params: Sequence[Tensor], grads: Sequence[Any], kinds: Sequence[Kind]) -> Binding:
-        """Look at everything, make the states that are missing, and bind what belongs together."""
-        places = [(g, k) for g, group in enumerate(self.param_groups) for k in range(len(group["params"]))]
-        turns: dict[int, int] = {}  # how many times a parameter has come already
-        devices = set()
-        members: dict[Any, list[Member]] = {}
-        for at, ((g, k), param, grad) in enumerate(zip(places, params, grads, strict=True)):
-            if grad is not None:
-                label = self._label(g, k)
-                weight = check_parameter(param, label, kinds[g].rule.per_row)
-                check_gradient(grad, param, f"gradient of {label}")
-                if weight.is_cuda and weight.device not in devices:
-                    stream_for(weight)  # before states are made
-                devices.add(weight.device)
-                turn = turns[id(param)] = turns.get(id(param), -1) + 1
-                member = Member(at, g, label, param, grad, self.state[param])
-                members.setdefault((kinds[g], turn, weight.device), []).append(member)
-        for (kind, *_), alike in members.items():
-            for member in alike:
-                self._complete(member, kind)
-        batches = [
-            (CudaBatch if on.type == "cuda" else Batch)(kind, alike, turn)
-            for (kind, turn, on), alike in members.items()
-        ]
-        return Binding(params, kinds, self.state, batches)
-
-    def _complete(self, member: Member, kind: Kind) -> None:
-        """Make what a parameter's state lacks."""
-        state, param = member.state, member.param
-        names = ("step", *kind.states) if kind.counted else kind.states
-        lacking = [name for name in names if state.get(name) is None]
-        if any(name in state for name in names):
-            for name in lacking:
-                if name not in ADDED_LATER:
-                    held, expected = ", ".join(state), ", ".join(names)
-                    raise ValueError(f"state of {member.label} holds {held}; expected {expected}")
-        for name in lacking:
-            if name == "step":
-                state[name] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
-            else:
-                like = param[:, :1] if kind.rule.per_row else param
-                state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
-        if kind.counted and not is_counter(state["step"]):  # as old checkpoints have it
-            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
-
-
-def _renamed(options: Options, formula: str) -> dict[str, Any]:
-    """Options in which the learning rate is called what torch's schedulers call it."""
-    options = dict(options)
-    if formula == "mxnet" and "learning_rate" in options:
-        options["lr"] = options.pop("learning_rate")
-    return options
-
-
-def _number(group: Options, name: str, below: float = math.inf) -> float:
-    """An option as a number of at least 0."""
-    return arguments.number(name, group[name], below=below)
-
-
-def _rate(group: Options) -> float:
-    """The learning rate; it may be a tensor that holds it."""
-    lr = group["lr"]
-    if not isinstance(lr, Tensor):
-        return arguments.number("lr", lr)
-    if lr.numel() != 1:
-        raise ValueError(f"lr must hold one number, got a tensor of shape {tuple(lr.shape)}")
-    return arguments.number("lr", lr.item())
 
 
 class _WithBetas(Optimizer):
@@ -308,7 +51,7 @@ class _WithBetas(Optimizer):
         except (TypeError, ValueError):
             raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}") from None
         betas = {"betas[0]": beta1, "betas[1]": beta2}
-        return _number(betas, "betas[0]", below=1), _number(betas, "betas[1]", below=1)
+        return number_of(betas, "betas[0]", below=1), number_of(betas, "betas[1]", below=1)
 
 
 class NAG(Optimizer):
@@ -341,7 +84,9 @@ class NAG(Optimizer):
     ------
     TypeError, ValueError
         An option is unknown or out of range; a parameter is of another dtype than float32, float64, float16
-        or bfloat16, or not in the CPU's memory.
+        or bfloat16, or neither on the CPU nor on an NVIDIA GPU.
+    CudaUnavailableError
+        A parameter is on a GPU, and what that takes is not installed: extra ``cuda`` or ``cuda12``.
 
     References
     ----------
@@ -386,7 +131,7 @@ class NAG(Optimizer):
         super().__init__(params, formula, {**given, "maximize": maximize, **options})
 
     def _torch(self, group: Options) -> Formula:
-        momentum, dampening = _number(group, "momentum"), _number(group, "dampening")
+        momentum, dampening = number_of(group, "momentum"), number_of(group, "dampening")
         if not momentum or dampening:
             raise ValueError(
                 "Nesterov momentum needs a momentum > 0 and no dampening, "
@@ -498,7 +243,7 @@ class RMSProp(Optimizer):
         super().__init__(params, formula, {**given, "centered": centered, "maximize": maximize, **options})
 
     def _torch(self, group: Options) -> Formula:
-        alpha, eps, momentum = (_number(group, name) for name in ("alpha", "eps", "momentum"))
+        alpha, eps, momentum = (number_of(group, name) for name in ("alpha", "eps", "momentum"))
         rule, states = self.variants[momentum > 0, bool(group["centered"])]
         own: tuple[float, ...] = (alpha, 1 - alpha, eps)
         if momentum:
@@ -567,7 +312,7 @@ class Adamax(_WithBetas):
 
     def _torch(self, group: Options) -> Formula:
         beta1, beta2 = self._betas(group)
-        eps = _number(group, "eps")
+        eps = number_of(group, "eps")
 
         def hyper(lr: float, t: int) -> tuple[float, ...]:
             return lr / (1 - beta1**t), 1 - beta1, beta2, eps
@@ -627,7 +372,7 @@ class FTML(_WithBetas):
 
     def _torch(self, group: Options) -> Formula:
         beta1, beta2 = self._betas(group)
-        eps, wd = _number(group, "eps"), _number(group, "weight_decay")
+        eps, wd = number_of(group, "eps"), number_of(group, "weight_decay")
         return self._as_own(group, beta1=beta1, beta2=beta2, epsilon=eps, wd=wd)
 
 
@@ -694,4 +439,4 @@ class GroupAdaGrad(Optimizer):
         super().__init__(params, formula, {"lr": lr, "eps": eps, "maximize": maximize, **options})
 
     def _torch(self, group: Options) -> Formula:
-        return self._as_own(group, epsilon=_number(group, "eps"))
+        return self._as_own(group, epsilon=number_of(group, "eps"))
