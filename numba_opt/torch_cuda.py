@@ -1,7 +1,9 @@
 """Parameters on GPUs: batches of `numba_opt.torch_binding` with tables and launches of `numba_opt.cuda`.
 
 What a step looks at is the same as on the CPU. Kernels go to torch's current stream, or to the one that
-`numba_opt.cuda.on` names, and nothing waits for the device.
+`numba_opt.cuda.on` names, and nothing waits for the device. (The exception are weights and states that
+leave gaps in their memory: they are worked on in copies, and tables are made anew at each step, whose
+memory the driver takes back once it is done with it.)
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 
 import numba_opt.cuda
 import numba_opt.torch as front
+from numba_opt import torch_tensors
 
 from .. import cuda_host, cuda_torch, table
 
@@ -290,6 +291,34 @@ def test_new_gradients_at_each_step():
     one.zero_grad()
     gc.collect()
     assert gone() is None
+
+
+def test_tensors_without_dlpacks_c_functions(monkeypatch):
+    """torch before 2.10: tensors are asked one by one."""
+    monkeypatch.setattr(torch_tensors, "_asker", lambda: None)
+    test_new_gradients_at_each_step()
+    test_parameters_on_the_cpu_and_on_two_gpus()
+    test_arrays_that_are_elsewhere()
+
+
+def test_parameters_that_move():
+    """To a GPU and back, as modules move them, with their states left where they were, or taken along."""
+    cpu = [torch.nn.Parameter(torch.ones(4))]
+    optimizer = front.RMSProp(cpu)
+    cpu[0].grad = torch.ones(4)
+    optimizer.step()
+    moved = cuda_torch.on_gpu(cpu[0])
+    optimizer.param_groups[0]["params"][0] = moved
+    state = optimizer.state[moved] = optimizer.state.pop(cpu[0])
+    moved.grad = cuda_torch.on_gpu(torch.ones(4))
+    before = cuda_torch.on_cpu(moved)
+    with pytest.raises(ValueError, match="state 'square_avg' of parameter 0 is on cpu; expected cuda:0"):
+        optimizer.step()
+    assert torch.equal(cuda_torch.on_cpu(moved), before)
+    state["square_avg"] = cuda_torch.on_gpu(state["square_avg"])
+    optimizer.step()
+    assert (cuda_torch.on_cpu(moved) < before).all()
+    assert state["step"] == 2
 
 
 def test_streams(monkeypatch):
