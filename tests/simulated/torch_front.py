@@ -52,6 +52,7 @@ def _stand_in(monkeypatch):
     monkeypatch.setattr(cuda_host.Device, "read", waits)
     monkeypatch.setattr(cuda_host.Device, "synchronize", waits)
     cuda_host.launches.clear()
+    cuda_torch.waited.clear()
 
 
 def parameters(shapes=SHAPES, dtype="float32", seed=0):
@@ -228,6 +229,7 @@ def test_steps_counted_on_the_device_are_counted_on_the_host():
             one.state[gpu[0]]["step"] = cuda_torch.on_gpu(one.state[gpu[0]]["step"])
         one.step()
         two.step()
+    assert cuda_torch.waited == ["__float__"]
     agree(one, two)
 
 
@@ -284,6 +286,7 @@ def test_new_gradients_at_each_step():
         bindings.add(*map(id, one._bindings.values()))
         assert all(torch.equal(cuda_torch.on_cpu(p.grad), x) for p, x in zip(gpu, before, strict=True))
     assert cuda_host.launches == ["copy", "dense"]
+    assert not cuda_torch.waited
     assert len(bindings) == 1
     agree(one, two)
     gone = weakref.ref(gpu[0].grad)
@@ -339,6 +342,10 @@ def test_streams(monkeypatch):
         one.step()
     assert seen[0] == (7, cuda_torch.CURRENT)
     assert seen[-2:] == [7, (cuda_torch.CURRENT, 7)]
+    seen.clear()
+    with numba_opt.cuda.on(7):
+        front.NAG(gpu).step()
+    assert seen[0] == (7, cuda_torch.CURRENT)  # where the states are made
 
 
 def test_what_cannot_be_captured(monkeypatch):
@@ -473,6 +480,7 @@ def test_sparse_gradients(cls, coalesced):
         gpu[0].grad = sparse_on_gpu(cpu[0].grad)
         one.step()
         two.step()
+    assert not cuda_torch.waited
     agree(one, two, loose(cls, "float32"))
 
 
