@@ -104,17 +104,22 @@ class Binding:
 
     def bind(self, optimizer: Optimizer) -> execution.Work | None:
         """Get hold of the arrays: None if all are plain and `prepared` has them, else all about them."""
-        request = self.request
-        if optimizer._stored != request.stored:  # it has been changed, by a checkpoint perhaps
-            request = self.request = request._replace(
-                stored=optimizer._stored, numbers=optimizer._numbers(self.positions)
-            )
+        if self.catch_up(optimizer):
             self.prepared = self.prepare(optimizer)
+        request = self.request
         plain = optimizer.use_fused_step and not self.stamps and ndarray.readable()
         if plain and self.prepared.take(self.ids, request, optimizer._rule()):
             return None
         request = request._replace(columns=[self.grads, *request.columns[1:]])
         return optimizer._assemble(*optimizer._take_sparse(request), self.stamps, self.positions)
+
+    def catch_up(self, optimizer: Optimizer) -> bool:
+        """Ask for states as they are now; whether that has been changed, by a checkpoint perhaps."""
+        stored = optimizer._stored
+        changed: bool = stored != self.request.stored
+        if changed:
+            self.request = self.request._replace(stored=stored, numbers=optimizer._numbers(self.positions))
+        return changed
 
     def regroup(self, optimizer: Optimizer) -> None:
         """Sort the parameters by what their hyper-parameters depend on."""
@@ -138,8 +143,8 @@ class CudaBinding(Binding):
         return cuda.Prepared(optimizer._rule())
 
     def bind(self, optimizer: Optimizer) -> None:
-        columns = [self.grads, *self.request.columns[1:]]
-        self.prepared.take(self.request._replace(columns=columns, stored=optimizer._stored))
+        self.catch_up(optimizer)
+        self.prepared.take(self.request._replace(columns=[self.grads, *self.request.columns[1:]]))
 
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float:
         return rescale  # the device does the rest

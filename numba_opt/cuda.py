@@ -76,10 +76,10 @@ class Mirror:
 class Hyper:
     """A device's buffer of hyper-parameters."""
 
-    def __init__(self, gpu: Any, length: int) -> None:
+    def __init__(self, gpu: Any) -> None:
         found = kernels()
         self.loops, self._launch_of = found.loops, found.driver.Launch
-        self._gpu, self._length, self._rows = gpu, length, 0
+        self._gpu = gpu
         self._written: Any = None
         self._launch: Any = None
         self._earlier: Any = 0  # counts of buffers that were too small
@@ -91,21 +91,20 @@ class Hyper:
         """Where it is."""
         return int(self.memory.address)
 
-    def fit(self, rows: int) -> None:
-        """Have room for so many rows. Whoever has the address must ask again."""
-        if rows > self._rows:
+    def fit(self, rows: np.ndarray) -> None:
+        """Have room for such rows. Whoever has the address must ask again."""
+        if not self.holds(rows):
             loops = self.loops
             self._earlier = self.told()[SKIPPED:]
-            self._rows = rows
-            self.room = -(-(loops.HEAD + rows * self._length) // loops.ROOM) * loops.ROOM
+            self.room = -(-(loops.HEAD + rows.size) // loops.ROOM) * loops.ROOM
             self.memory = self._gpu.memory(8 * (loops.OUT + 3 * self.room))
             self._written = None
             arguments = (self.address, self.room, 0), [0.0] * loops.ROOM
             self._launch = self._launch_of(self._gpu, loops.set_hyper(), 1, 1, *arguments)
 
-    def holds(self, rows: int) -> bool:
-        """Whether there is room for so many rows."""
-        return rows <= self._rows
+    def holds(self, rows: np.ndarray) -> bool:
+        """Whether there is room for such rows."""
+        return self.loops.HEAD + rows.size <= self.room
 
     def write(self, rows: np.ndarray, norm: Norm | None, stream: int) -> None:
         """Have rows written when the stream gets there, if they are not there already."""
@@ -180,8 +179,8 @@ def row_tables(
         entries, units = [], []
         for t in members:
             arrays = bound.found.addresses[t]
-            own, width = arrays[1 : 1 + len(layout.split())].tolist(), int(arrays[-2])
-            entries.append([*parts[t].head(bound.arrays[1][t].shape[0], keys=0), *own, width, 0])
+            own, (number, width) = arrays[1 : 1 + len(layout.split())].tolist(), arrays[-3:-1].tolist()
+            entries.append([*parts[t].head(bound.arrays[1][t].shape[0], keys=0), *own, number, width, 0])
             units.append(parts[t].units if width else 0)
         line = device.line(np.array(units))
         kernel = loops.rows(*rule, layout, form)
@@ -234,7 +233,7 @@ class Placed:
         return kernels().driver.Launch(self._gpu, kernel, blocks, threads, arguments)
 
     def place(self, which: list[int], stream: int) -> None:
-        """Have the table as it should be when the stream gets there, with these rows for its tensors."""
+        """Have the table as it should be when the stream gets there, its tensors' rows beginning there."""
         if self._which != which:
             self.table.entries[:, -1] = which
             words = [self.table.entries.view(np.int64).ravel(), self.table.lines.ravel()]
@@ -267,7 +266,7 @@ class Part:
 
     def __init__(self, rule: execution.Rule, gpu: Any, members: list[int]) -> None:
         self.rule, self.gpu, self.members = rule, gpu, members
-        self.hyper = Hyper(gpu, 3 + rule.n_hyper)
+        self.hyper = Hyper(gpu)
         self.placed: list[Placed] = []
         self.made_on: set[int] = set()
         self.weight: Callable[[], Any] = lambda: None
@@ -322,14 +321,15 @@ class Part:
         for other in self.made_on - {stream}:
             self.gpu.after(stream, other)
         self._last = stream
-        self.hyper.fit(len(rows))
+        self.hyper.fit(rows)
+        length = rows.shape[1]
         if not self.ready(which, None):
             for placed in self.placed:
-                placed.place([which[self.members[k]] for k in placed.table.members], stream)
+                placed.place([length * which[self.members[k]] for k in placed.table.members], stream)
             self._ready_for = (list(which), self.hyper.address)
         self.hyper.write(rows, norm, stream)
         if norm is not None and not self._norm:
-            self._norm = self._norm_launches()
+            self._norm = self._norm_launches(length)
 
     def ready(self, which: Sequence[int], norm: Norm | None) -> bool:
         """Whether all is in place, but for the values of hyper-parameters."""
@@ -343,7 +343,7 @@ class Part:
         for launch in (*sorting, *(self._norm if norm is not None else ()), *updates):
             launch(stream)
 
-    def _norm_launches(self) -> list[Any]:
+    def _norm_launches(self, length: int) -> list[Any]:
         """What sums the squares of all gradients, and what settles what follows from that."""
         loops, launch_of = kernels().loops, kernels().driver.Launch
         count = sum(placed.sums for placed in self.placed)
@@ -352,7 +352,6 @@ class Part:
         for placed in self.placed:
             launches.append(placed.squares(partial + 8 * before))
             before += placed.sums
-        length = 3 + self.rule.n_hyper
         arguments = (self.hyper.address, self.hyper.room, length, partial, count)
         return [*launches, launch_of(self.gpu, loops.clip_norm(), 1, loops.THREADS, arguments)]
 
@@ -375,6 +374,7 @@ class Prepared:
         self.parts: list[Part] = []
         self._parts: dict[int, Part] = {}  # of devices
         self._known: list[Known] = []  # the columns that it is ready for
+        self._stored: Any = None  # how their states are, and the numbers that parameters have
         self._kinds: list[Any] = []  # of the gradients
         self._captured: list[tuple[Hyper, int, Part]] = []
         self._captured_which: list[int] = []
@@ -384,7 +384,8 @@ class Prepared:
         """Be ready for the arrays of a request; nothing is launched. Errors as in `bind`."""
         grads, *rest = request.columns
         known, self._known = self._known, []
-        same = bool(known) and all(map(Known.same, known[1:], rest))
+        before, self._stored = self._stored, (request.stored, request.numbers)
+        same = bool(known) and self._stored == before and all(map(Known.same, known[1:], rest))
         if same and known[0].same(grads):
             self._known = known
             return
@@ -448,7 +449,7 @@ class Prepared:
     def refresh(self, hyper: Any, which: Sequence[int], norm: Norm | None) -> None:
         """Have hyper-parameters in place for the step that was captured last."""
         rows = np.asarray(hyper, np.float64)
-        same = all(buffer.address == at and buffer.holds(len(rows)) for buffer, at, _ in self._captured)
+        same = all(buffer.address == at and buffer.holds(rows) for buffer, at, _ in self._captured)
         if not same or list(which) != self._captured_which:
             raise ValueError("other groups of hyper-parameters are in use since the step was captured")
         for buffer, _, part in self._captured:

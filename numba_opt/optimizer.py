@@ -514,8 +514,6 @@ class Optimizer:
         if self.sparse_update != "lazy":
             given = repr(self.sparse_update)
             raise ValueError(f"{what} is on a GPU, where sparse_update must be 'lazy'; got {given}")
-        if self.stochastic_rounding:
-            raise ValueError(f"{what} is on a GPU, where stochastic_rounding must be False; got True")
 
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """What `update_multi_precision` would refuse, refused; nothing is changed."""

@@ -279,7 +279,7 @@ def cuda_kernels(
         for code in codes:
             yield from (("row_squares", "f8" if code == "f8" else "f4", form) for form in _forms(code))
     for optimizer, masters in variants:
-        if optimizer.rule is None or optimizer.stochastic_rounding:
+        if optimizer.rule is None:
             continue
         rule = optimizer._rule()
         for code in codes:

@@ -16,6 +16,8 @@ import weakref
 
 import numpy as np
 
+from numba_opt.kernels import rounding
+
 ACCESS = 16
 SIZES = {"f4": 4, "f8": 8, "f2": 2, "b2": 2, "i4": 4, "i8": 8}
 INTEGERS = {"f4": ctypes.c_uint32, "f8": ctypes.c_uint64, "f2": ctypes.c_uint16, "b2": ctypes.c_uint16}
@@ -84,15 +86,24 @@ accesses = []  # of the arrays: by whom, how stored, where and how many elements
 
 
 def load(addresses, layout, i, count):
-    columns = [
-        decode(group(a, code, i, count), code) for a, code in zip(addresses, layout.split(), strict=True)
-    ]
+    codes = layout.replace("s", "").split()
+    columns = [decode(group(a, code, i, count), code) for a, code in zip(addresses, codes, strict=True)]
     return tuple(zip(*columns, strict=True))
 
 
-def store(addresses, layout, i, rows):
+def store(addresses, layout, i, rows, key):
+    chances = 0
     for c, (address, code) in enumerate(zip(addresses, layout.split(), strict=True)):
-        group(address, code, i, len(rows))[:] = encode([row[c] for row in rows], code)
+        values, lanes, plain = [row[c] for row in rows], len(rows), code.removeprefix("s")
+        bits = encode(values, plain) if code == plain else by_chance(values, plain, i, key, chances)
+        group(address, plain, i, lanes)[:] = bits
+        chances += code != plain
+
+
+def by_chance(values, code, i, key, state):
+    elements = np.uint32(int(i) * len(values)) + np.arange(len(values), dtype=np.uint32)
+    dtype = np.dtype(np.float16) if code == "f2" else np.dtype("bfloat16")
+    return rounding.rounded(values, dtype, elements, key, state).view(np.uint16 if code == "b2" else dtype)
 
 
 def numbers(address, code, count):
@@ -106,7 +117,8 @@ def put(address, code, values):
 
 def moved(addresses, layout, elements):
     return tuple(
-        int(a) + int(elements) * SIZES[code] for a, code in zip(addresses, layout.split(), strict=True)
+        int(a) + int(elements) * SIZES[code]
+        for a, code in zip(addresses, layout.replace("s", "").split(), strict=True)
     )
 
 

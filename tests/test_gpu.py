@@ -119,6 +119,18 @@ def test_master_weights(torch, row, dtype):
 
 
 @table.each
+@pytest.mark.parametrize("kept", ["bfloat16", "float16"])
+def test_rounding_by_chance(torch, row, kept):
+    """The CPU's bits, but where a row's squares, added in another order, lead to another neighbour."""
+    pytest.importorskip("ml_dtypes")
+    options = {"state_dtype": kept, "stochastic_rounding": True, "seed": 5}
+    call = table.make(row, SHAPES)
+    optimizer = table.build(row, **options)
+    call = call._replace(states=[optimizer.create_state(t, w) for t, w in enumerate(call.weights)])
+    table.assert_alike(row, *both(LIBRARIES[2], row, call, **options), tolerance=1e-2)
+
+
+@table.each
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_arrays_that_begin_anywhere(torch, row, offset):
     """Views that no 16-byte access may begin at."""

@@ -1,7 +1,8 @@
 """The loops of a GPU: which elements are updated, by which thread. The names are those of the CPU's loops.
 
-A table is what `numba_opt.kernels.cpu` says, in the device's memory, and the rules and what a gradient goes
-through before it gets to one are the same functions. A tensor is cut into units: `dense` takes CHUNK elements
+A table is what `numba_opt.kernels.cpu` says, in the device's memory, but that a row of hyper-parameters is
+named by where it begins among them all; and the rules, what a gradient goes through before it gets to one and
+rounding by chance are the same functions. A tensor is cut into units: `dense` takes CHUNK elements
 as one, which a block shares, so that inside it 32-bit indices do; rules that need a row's mean square, and
 sparse gradients, take a row, which a warp shares. One launch serves all tensors of a table: units count as
 one long line, and whoever is free takes the next one of its own, finding the tensor by bisection.
@@ -24,6 +25,7 @@ from numba.cuda.extending import register_jitable
 
 from .cuda_elements import ACCESS, SIZES, aligned, from_other, load, moved, numbers, put, store
 from .elements import prepare
+from .rounding import key_of
 from .scalar import sqrt
 
 CHUNK = 4096  # elements: 16 for each thread of a block
@@ -60,7 +62,7 @@ class Kernel(NamedTuple):
 
 def lanes_of(layout: str) -> int:
     """How many elements an access of 16 bytes holds, of the array with the smallest ones."""
-    return ACCESS // min(SIZES[code] for code in layout.split())
+    return ACCESS // min(int(code[-1]) for code in layout.split())
 
 
 def compute_code(weight: str) -> str:
@@ -144,22 +146,43 @@ def sum_of(lanes: int) -> Callable[..., Any]:
     return register_jitable(lambda a: half(a[:middle]) + half(a[middle:]))
 
 
-def n_hyper(rule: Callable[..., Any], n_state: int, per_row: bool) -> int:
-    """The length of a rule's row of hyper-parameters: three that all have, and its own."""
-    return 3 + rule.__code__.co_argcount - 2 - n_state - int(per_row)
+def reader(rule: Callable[..., Any], n_state: int, per_row: bool, own: str) -> Callable[..., Any]:
+    """What reads all that a rule is given but elements: ``read(hyper, room, entry, columns)``.
 
-
-def hyper_row(length: int, weight: str) -> Callable[..., Any]:
-    """What reads a row of hyper-parameters from their buffer, whose parts have room for so many numbers."""
+    From a tensor's row of the table, and from the buffer, whose parts have room for so many numbers: the
+    hyper-parameters, three that all have and the rule's own; and the key of what is left to chance, if
+    anything is, for the tensor's first element.
+    """
+    weight = own.split()[0]
     code = compute_code(weight)
     size, parts = SIZES[code], 1 if code == "f8" else 2
+    by_chance = "s" in own
+    count = 3 + rule.__code__.co_argcount - 2 - n_state - int(per_row)
+    length = count + 2 * by_chance
 
     @register_jitable
-    def row(hyper, room, number):
-        first = hyper + 8 * (OUT + parts * room)
-        return numbers(first + size * (HEAD + length * number), code, length)
+    def key(h, tensor):
+        return key_of(h[count], h[count + 1], tensor)
 
-    return row
+    @register_jitable
+    def no_key(h, tensor):
+        return u4(0)
+
+    key_for = key if by_chance else no_key
+
+    @register_jitable
+    def read(hyper, room, entry, columns):
+        first = hyper + 8 * (OUT + parts * room)
+        h = numbers(first + size * (HEAD + number_at(entry, columns - 1)), code, length)
+        return h[:count], key_for(h, number_at(entry, columns - 3))
+
+    return read
+
+
+@register_jitable
+def further(x, elements):
+    """What `reader` reads, for a tensor's element from which on elements are counted."""
+    return x[0], u4(x[1] + u4(elements))
 
 
 def walk(code: str, own: str, visit: Callable[[int], Any], gather: Any = None) -> Callable[..., Any]:
@@ -213,18 +236,18 @@ def updating(rule: Callable[..., Any], n_value: int, own: str) -> Callable[[int]
     values, copied = " ".join(codes[:n_value]), " ".join(codes[n_value:])
     real, rule = real_of(codes[0]), register_jitable(rule)
 
-    def step(grad, value, x):
-        g = prepare(real(grad[0]), value[0], x[0], x[1], x[2])
-        return rule(value[0], g, *value[1:], *x[3:])
+    def step(grad, value, h):
+        g = prepare(real(grad[0]), value[0], h[0], h[1], h[2])
+        return rule(value[0], g, *value[1:], *h[3:])
 
     def visit(lanes: int) -> Any:
         each = for_each(lanes, step)
 
         @register_jitable
         def update(grads, array, i, x):
-            out = each(grads, load(array[:n_value], values, i, lanes), x)
-            store(array[:n_value], values, i, out)
-            store(array[n_value:], copied, i, out)
+            out = each(grads, load(array[:n_value], values, i, lanes), x[0])
+            store(array[:n_value], values, i, out, x[1])
+            store(array[n_value:], copied, i, out, x[1])
             return real(0)
 
         return update
@@ -236,14 +259,14 @@ def squaring(weight: str) -> Callable[[int], Any]:
     """What a walk does to sum the squares of the gradients that a rule would see."""
     real = real_of(weight)
 
-    def square(grad, value, x):
-        g = prepare(real(grad[0]), value[0], x[0], x[1], x[2])
+    def square(grad, value, h):
+        g = prepare(real(grad[0]), value[0], h[0], h[1], h[2])
         return g * g
 
     def visit(lanes: int) -> Any:
         each, total = for_each(lanes, square), sum_of(lanes)
         return register_jitable(
-            lambda grads, array, i, x: total(each(grads, load(array[:1], weight, i, lanes), x))
+            lambda grads, array, i, x: total(each(grads, load(array[:1], weight, i, lanes), x[0]))
         )
 
     return visit
@@ -262,7 +285,7 @@ def squaring_alone(lanes: int) -> Any:
 def row_step(
     rule: Callable[..., Any], n_state: int, per_row: bool, own: str, code: str, gather: Any = None
 ) -> Any:
-    """One row's update by a warp: ``row(source, array, r, width, h)``, for row `r` of a tensor.
+    """One row's update by a warp: ``row(source, array, r, width, x)``, for row `r` of a tensor.
 
     With `per_row` its mean square comes first, then its elements; the states are one number each.
     """
@@ -272,9 +295,9 @@ def row_step(
         update = walk(code, own, updating(rule, end, own), gather)
 
         @register_jitable
-        def element_row(source, array, r, width, h):
-            thread = u4(cuda.threadIdx.x) & thread_bits
-            update(source, moved(array, own, r * width), u4(width), u4(thread), u4(WARP), h)
+        def element_row(source, array, r, width, x):
+            thread, first = u4(cuda.threadIdx.x) & thread_bits, r * width
+            update(source, moved(array, own, first), u4(width), u4(thread), u4(WARP), further(x, first))
 
         return element_row
     wide, narrow = " ".join([codes[0], *codes[end:]]), " ".join(codes[1:end])
@@ -283,16 +306,17 @@ def row_step(
     rule = register_jitable(rule)
 
     @register_jitable
-    def reduced_row(source, array, r, width, h):
+    def reduced_row(source, array, r, width, x):
+        h, key = further(x, r)
         thread, n = u4(u4(cuda.threadIdx.x) & thread_bits), u4(width)
         state_at = moved(array[1:end], narrow, r)
         state = load(state_at, narrow, u4(0), 1)[0]
         here = moved(array[:1] + array[end:], wide, r * width)
-        mean_square = over_warp(squares(source, here, n, thread, u4(WARP), h)) / real(width)
-        update(source, here, n, thread, u4(WARP), h[:3] + state + (mean_square,) + h[3:])
+        mean_square = over_warp(squares(source, here, n, thread, u4(WARP), x)) / real(width)
+        update(source, here, n, thread, u4(WARP), (h[:3] + state + (mean_square,) + h[3:], key))
         if thread == 0:  # the states' update does not depend on the element
             out = rule(real(0), real(0), *state, mean_square, *h[3:])
-            store(state_at, narrow, u4(0), (out[1:],))
+            store(state_at, narrow, u4(0), (out[1:],), key)
 
     return reduced_row
 
@@ -315,7 +339,7 @@ def dense(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) ->
 def _element_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
     code, _, own = layout.partition(" ")
     n_array, end = len(layout.split()), 1 + n_state
-    row = hyper_row(n_hyper(rule, n_state, False), own.split()[0])
+    read = reader(rule, n_state, False, own)
     update = walk(code, own, updating(rule, end, own))
 
     def kernel(table, columns, offsets, starts, tensors, hyper, room):
@@ -329,9 +353,9 @@ def _element_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Call
             first = (chunk - number_at(starts, t)) * CHUNK
             left = number_at(offsets, t + 1) - number_at(offsets, t) - first
             array = moved(numbers(entry, "i8", n_array), layout, first)
-            h = row(hyper, room, number_at(entry, columns - 1))
+            x = further(read(hyper, room, entry, columns), first)
             thread, stride = u4(cuda.threadIdx.x), u4(cuda.blockDim.x)
-            update(array[:1], array[1:], u4(min(left, CHUNK)), thread, stride, h)
+            update(array[:1], array[1:], u4(min(left, CHUNK)), thread, stride, x)
             chunk += cuda.gridDim.x
 
     return kernel
@@ -340,7 +364,7 @@ def _element_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Call
 def _row_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
     code, _, own = layout.partition(" ")
     n_array = len(layout.split())
-    read = hyper_row(n_hyper(rule, n_state, True), own.split()[0])
+    read = reader(rule, n_state, True, own)
     step = row_step(rule, n_state, True, own, code)
 
     def kernel(table, columns, offsets, starts, tensors, hyper, room):
@@ -353,8 +377,8 @@ def _row_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable
             entry = table + 8 * columns * t
             r, width = row - number_at(starts, t), number_at(entry, columns - 2)
             array = numbers(entry, "i8", n_array)
-            h = read(hyper, room, number_at(entry, columns - 1))
-            step(moved(array[:1], code, r * width), array[1:], r, width, h)
+            x = read(hyper, room, entry, columns)
+            step(moved(array[:1], code, r * width), array[1:], r, width, x)
             row += stride
 
     return kernel
@@ -375,7 +399,7 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     """
     kind, *index, code = form.split()
     n_array, weight = len(layout.split()), layout.split()[0]
-    read = hyper_row(n_hyper(rule, n_state, per_row), weight)
+    read = reader(rule, n_state, per_row, layout)
     source_of, gather = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
     step = row_step(rule, n_state, per_row, layout, code, gather)
 
@@ -393,8 +417,8 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
             if row == STRAYED:
                 put(hyper + 8 * STRAY, "f8", (1.0,))
             elif row != NOTHING:
-                h = read(hyper, room, number_at(entry, columns - 1))
-                step(source, numbers(entry + 8 * HEADER, "i8", n_array), row, width, h)
+                x = read(hyper, room, entry, columns)
+                step(source, numbers(entry + 8 * HEADER, "i8", n_array), row, width, x)
             unit += stride
 
     return Kernel(kernel, ("rows", rule, n_state, per_row, layout, form), 7)
@@ -602,12 +626,12 @@ def set_hyper() -> Kernel:
 def clip_norm() -> Kernel:
     """The kernel that settles what the norm of all gradients means for a step.
 
-    ``kernel(hyper, room, n_hyper, partial, count)``: one block adds so many sums of squares, always in the
-    same order, and writes the norm, whether to skip the step, and the rows with what gradients are
-    multiplied by.
+    ``kernel(hyper, room, length, partial, count)``: one block adds so many sums of squares, always in the
+    same order, and writes the norm, whether to skip the step, and the rows, which have that length, with what
+    gradients are multiplied by.
     """
 
-    def kernel(hyper, room, n_hyper, partial, count):
+    def kernel(hyper, room, length, partial, count):
         total = np.float64(0)
         k = np.int64(cuda.threadIdx.x)
         while k < count:
@@ -629,7 +653,7 @@ def clip_norm() -> Kernel:
         k = HEAD + np.int64(cuda.threadIdx.x)
         while k < room:
             number = numbers(begin + 8 * k, "f8", 1)[0]
-            if (k - HEAD) % n_hyper == 0:
+            if (k - HEAD) % length == 0:
                 number = told[0]
             put(begin + 8 * (room + k), "f8", (number,))
             put(begin + 8 * (2 * room) + 4 * k, "f4", (number,))

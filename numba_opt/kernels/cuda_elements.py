@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
-from . import half
+from . import half, rounding
 from .elements import STORAGE
 
 ACCESS = 16  # bytes that one access moves where arrays are aligned
@@ -29,6 +29,11 @@ def _known(*kinds):
     return all(isinstance(kind, types.Literal) for kind in kinds)
 
 
+def _codes(layout):
+    """How arrays are stored; that some are rounded by chance matters to `store` alone."""
+    return layout.literal_value.replace("s", "").split()
+
+
 def _number(code):
     return NUMBERS.get(code, STORAGE[code])
 
@@ -43,6 +48,15 @@ def _encode(context, builder, number, code):
     if code == "f2":
         return builder.fptrunc(number, F16)
     return half.encode(context, builder, number, STORAGE[code])
+
+
+def _by_chance(context, builder, number, code, element, key):
+    """A number as what is stored, rounded as `numba_opt.kernels.rounding` does it."""
+    u4 = types.uint32
+    chance = context.compile_internal(builder, rounding.noise, u4(u4, u4), [element, key])
+    convert = rounding.to_half if code == "f2" else rounding.to_bfloat
+    bits = context.compile_internal(builder, convert, u4(types.float32, u4), [number, chance])
+    return builder.bitcast(builder.trunc(bits, ir.IntType(16)), STORED[code])
 
 
 def _vector(code, count):
@@ -91,7 +105,7 @@ def load(typingctx, addresses, layout, i, count):
     """Group number `i` (uint32) of `count` elements behind each address, as `count` tuples of numbers."""
     if not _known(layout, count):
         return None
-    codes, lanes = layout.literal_value.split(), count.literal_value
+    codes, lanes = _codes(layout), count.literal_value
     row = types.BaseTuple.from_types([_number(code) for code in codes])
     sig = types.UniTuple(row, lanes)(addresses, layout, i, count)
 
@@ -111,25 +125,33 @@ def load(typingctx, addresses, layout, i, count):
 
 
 @intrinsic
-def store(typingctx, addresses, layout, i, rows):
-    """Write `rows`, tuples of numbers, as group number `i` (uint32) of elements behind each address."""
+def store(typingctx, addresses, layout, i, rows, key):
+    """Write `rows`, tuples of numbers, as group number `i` (uint32) of elements behind each address.
+
+    Codes such as "sb2" are rounded by chance: `key` (uint32) is that of the element that the addresses are
+    of, and of the first one of these arrays.
+    """
     if not _known(layout):
         return None
-    codes, lanes, row = layout.literal_value.split(), len(rows), rows[0]
-    sig = types.void(addresses, layout, i, rows)
+    codes, lanes, row = _codes(layout), len(rows), rows[0]
+    chances = [n for n, code in enumerate(layout.literal_value.split()) if code.startswith("s")]
+    sig = types.void(addresses, layout, i, rows, key)
 
     def codegen(context, builder, sig, args):
         found = cgutils.unpack_tuple(builder, args[3], lanes)
         for c, code in enumerate(codes):
             values = [
-                _encode(
-                    context,
-                    builder,
-                    context.cast(builder, builder.extract_value(lane, c), row[c], _number(code)),
-                    code,
-                )
-                for lane in found
+                context.cast(builder, builder.extract_value(lane, c), row[c], _number(code)) for lane in found
             ]
+            if c in chances:
+                own = builder.add(args[4], I32(chances.index(c) * rounding.STATE & 0xFFFFFFFF))
+                first = builder.mul(args[2], I32(lanes))
+                values = [
+                    _by_chance(context, builder, value, code, builder.add(first, I32(k)), own)
+                    for k, value in enumerate(values)
+                ]
+            else:
+                values = [_encode(context, builder, value, code) for value in values]
             address, at = builder.extract_value(args[0], c), 0
             for pointer, held in _accesses(builder, address, args[2], code, lanes):
                 value = _joined(builder, values[at : at + held], code)
@@ -180,7 +202,7 @@ def moved(typingctx, addresses, layout, elements):
     """Addresses of arrays, so many elements further on."""
     if not _known(layout):
         return None
-    codes = layout.literal_value.split()
+    codes = _codes(layout)
     sig = types.UniTuple(types.int64, len(codes))(addresses, layout, elements)
 
     def codegen(context, builder, sig, args):

@@ -6,8 +6,6 @@ import ml_dtypes  # noqa: F401  bfloat16 needs it
 import numpy as np
 import pytest
 
-import numba_opt
-
 from .. import cuda_host, table
 
 SHAPES = [(5, 7), (8, 16), 3, 0, (1, 130)]
@@ -145,7 +143,54 @@ def test_states_of_another_dtype(name, kept):
     table.assert_alike(row, *both(row, call, state_dtype=kept))
 
 
-def test_no_rounding_by_chance():
-    optimizer = numba_opt.NAG(state_dtype="bfloat16", stochastic_rounding=True)
-    with pytest.raises(ValueError, match="stochastic_rounding must be False; got True"):
-        optimizer.create_state(0, cuda_host.on_gpu(np.zeros(3, "f4")))
+def by_chance(row, kept, call, seed=5, **options):
+    """The call with states in half precision, and the options for rounding them by chance."""
+    options = {"state_dtype": kept, "stochastic_rounding": True, "seed": seed, **options}
+    optimizer = table.build(row, **options)
+    states = [optimizer.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
+    rng = np.random.default_rng(6)
+    for state in states:
+        masters = options.get("multi_precision")
+        for array in table.leaves(state[1] if masters else state):
+            array[...] = rng.random(array.shape)
+    return call._replace(states=states), options
+
+
+@table.each
+@pytest.mark.parametrize("kept", ["bfloat16", "float16"])
+def test_rounding_by_chance(row, kept):
+    """The CPU's bits, for many tensors, two chunks, and groups of 16 bytes with what is left of them.
+
+    Squares of whole numbers are added exactly, in any order.
+    """
+    shapes = [(5, 7), (8, 16), 3, 0, (1, 130)] if row.cls.per_row else [4096 + 37, (8, 16), 0, 3]
+    call = table.make(row, shapes)
+    if row.cls.per_row:
+        call = call._replace(grads=[np.round(4 * grad) for grad in call.grads])
+    call, options = by_chance(row, kept, call)
+    found, expected = both(row, call.copy(), **options, rescale_grad=1.0, clip_gradient=None)
+    table.assert_bits(found, expected)
+    if row.states:
+        other, _ = both(row, call, **{**options, "seed": 6}, rescale_grad=1.0, clip_gradient=None)
+        with pytest.raises(AssertionError):
+            table.assert_bits(other, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_rounding_by_chance_of_other_weights(dtype):
+    row = table.row("adamax")
+    call, options = by_chance(row, "bfloat16", table.make(row, [(4, 16), 37], dtype), multi_precision=True)
+    table.assert_bits(*both(row, call, **options))
+
+
+def test_rounding_by_chance_is_by_index_and_count():
+    """Not by the place in a call; and a run goes on as the CPU's does."""
+    row = table.row("ftml")
+    call, options = by_chance(row, "float16", table.make(row, [(4, 16), 37]))
+    cpu, gpu = table.build(row, **options), table.build(row, **options)
+    weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
+    for _ in range(3):
+        cpu.update([8, "b"], *call[1:])
+        for t in (1, 0):
+            gpu.update([(8, "b")[t]], weights[t : t + 1], grads[t : t + 1], states[t : t + 1])
+    table.assert_bits(cuda_host.on_cpu([weights, states]), table.outputs(call))

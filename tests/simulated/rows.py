@@ -47,7 +47,7 @@ def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, **op
     options = table.common(row) | options
     gpu, cpu = table.build(row, **options), table.build(row, **options)
     call = table.make(row, shapes or [SHAPE] * len(grads), dtype)
-    if options.get("multi_precision"):
+    if options.get("multi_precision") or options.get("state_dtype"):
         states = [cpu.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
         call = call._replace(states=states)
     weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
@@ -98,6 +98,21 @@ def test_half_precision(name, dtype, masters):
     row = table.row(name)
     found = both(row, [block(dtype=dtype)], dtype=dtype, multi_precision=masters)
     table.assert_alike(row, *found, tolerance=1e-6 if masters else 1e-2)
+
+
+@pytest.mark.parametrize("name", ["adamax", "groupadagrad", "nag-plain"])
+@pytest.mark.parametrize("form", ["keys", "distinct", "csr"])
+def test_rounding_by_chance(name, form):
+    """The CPU's bits; squares of whole numbers are added exactly, in any order."""
+    row = table.row(name)
+    options = {"state_dtype": "bfloat16", "stochastic_rounding": True, "seed": 3}
+    grad = csr() if form == "csr" else block([7, 0, 3] if form == "distinct" else ROWS)
+    values = grad.data if form == "csr" else grad.values
+    values[...] = np.round(4 * values)
+    other = np.round(4 * np.random.default_rng(2).standard_normal((5, 3))).astype("float32")
+    shapes = [(5, 3), SHAPE]
+    found = both(row, [other, grad], shapes, distinct=form == "distinct", clip_gradient=None, **options)
+    table.assert_bits(*found)
 
 
 def test_every_kind_in_one_call():

@@ -88,6 +88,28 @@ def test_multipliers_freezing_and_gradients_that_are_missing():
     agree(gpu, cpu)
 
 
+@pytest.mark.parametrize("options", [{}, {"clip_global_norm": 0.5}])
+def test_a_trainer_takes_chance_over_from_a_file(options):
+    """It had none before."""
+    call = table.make(table.row("adamax"), SHAPES)
+    kept = {"state_dtype": "bfloat16", "beta1": 0.5}
+    chance = numba_opt.Trainer([w.copy() for w in call.weights], "adamax", stochastic_rounding=True, **kept)
+    chance.step(call.grads)
+    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), "adamax", **kept, **options)
+    cpu = numba_opt.Trainer(call.weights, "adamax", **kept, **options)
+    grads = cuda_host.on_gpu(call.grads)
+    for trainer, given in ((gpu, grads), (cpu, call.grads)):
+        trainer.step(given)
+        trainer.load_state_dict(chance.state_dict())
+        trainer.step(given)
+        trainer.step(given)
+    assert gpu.optimizer.stochastic_rounding
+    if options:
+        table.assert_near(content(gpu)[:3], content(cpu)[:3], 1e-5)
+    else:
+        agree(gpu, cpu)
+
+
 def test_new_gradients_at_each_step():
     row = table.row("nag")
     gpu, cpu, _, theirs = twins(row, table.make(row, [3, 40]))
