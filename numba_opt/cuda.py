@@ -326,7 +326,7 @@ class Part:
         if not self.ready(which, None):
             for placed in self.placed:
                 placed.place([length * which[self.members[k]] for k in placed.table.members], stream)
-            self._ready_for = (list(which), self.hyper.address)
+            self._ready_for, self._norm = (list(which), self.hyper.address), []
         self.hyper.write(rows, norm, stream)
         if norm is not None and not self._norm:
             self._norm = self._norm_launches(length)

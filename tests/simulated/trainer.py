@@ -88,6 +88,19 @@ def test_multipliers_freezing_and_gradients_that_are_missing():
     agree(gpu, cpu)
 
 
+def test_more_groups_than_before():
+    """Buffers that grow are where everybody looks from then on, whoever adds up the norm included."""
+    row = table.row("nag")
+    call = table.make(row, [3, 40, 5, 7, 9])
+    gpu, cpu, ours, theirs = twins(row, call, clip_global_norm=0.5)
+    for multipliers in ({}, {str(k): 1.0 + k for k in range(5)}, {"1": 0.5}):
+        for trainer, grads in ((gpu, ours), (cpu, theirs)):
+            trainer.set_lr_mult(multipliers)
+            trainer.step(grads)
+            trainer.step(grads)
+        agree(gpu, cpu, 1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"clip_global_norm": 0.5}])
 def test_a_trainer_takes_chance_over_from_a_file(options):
     """It had none before."""
