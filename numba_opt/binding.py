@@ -144,7 +144,7 @@ class CudaBinding(Binding):
 
     def bind(self, optimizer: Optimizer) -> None:
         self.catch_up(optimizer)
-        self.prepared.take(self.request._replace(columns=[self.grads, *self.request.columns[1:]]))
+        self.prepared.take(self.request, self.grads)
 
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float:
         return rescale  # the device does the rest

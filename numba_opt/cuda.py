@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import methodcaller
+from contextlib import suppress
+from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,15 +82,11 @@ class Hyper:
         self.loops, self._launch_of = found.loops, found.driver.Launch
         self._gpu = gpu
         self._written: Any = None
-        self._launch: Any = None
+        self._numbers = np.zeros(0)  # that launches take there
+        self._launches: list[Any] = []
         self._earlier: Any = 0  # counts of buffers that were too small
         self.memory: Any = None
-        self.room = 0
-
-    @property
-    def address(self) -> int:
-        """Where it is."""
-        return int(self.memory.address)
+        self.address = self.room = 0
 
     def fit(self, rows: np.ndarray) -> None:
         """Have room for such rows. Whoever has the address must ask again."""
@@ -98,9 +95,15 @@ class Hyper:
             self._earlier = self.told()[SKIPPED:]
             self.room = -(-(loops.HEAD + rows.size) // loops.ROOM) * loops.ROOM
             self.memory = self._gpu.memory(8 * (loops.OUT + 3 * self.room))
-            self._written = None
-            arguments = (self.address, self.room, 0), [0.0] * loops.ROOM
-            self._launch = self._launch_of(self._gpu, loops.set_hyper(), 1, 1, *arguments)
+            self.address = int(self.memory.address)
+            self._written, self._numbers = None, np.zeros(self.room)
+            self._launches = [
+                self._launch_of(
+                    *(self._gpu, loops.set_hyper(), 1, 1, (self.address, self.room, first)),
+                    self._numbers[first : first + loops.ROOM],
+                )
+                for first in range(0, self.room, loops.ROOM)
+            ]
 
     def holds(self, rows: np.ndarray) -> bool:
         """Whether there is room for such rows."""
@@ -111,14 +114,12 @@ class Hyper:
         wanted = norm, rows.tobytes()
         if wanted == self._written:
             return
-        loops = self.loops
-        numbers = np.zeros(self.room)
+        head, numbers = self.loops.HEAD, self._numbers
         limit, guard = norm or (0.0, False)
-        numbers[: loops.HEAD] = limit, rows[0, 0], float(guard), 0.0
-        numbers[loops.HEAD : loops.HEAD + rows.size] = rows.ravel()
-        for first in range(0, self.room, loops.ROOM):
-            self._launch.set((self.address, self.room, first), numbers[first : first + loops.ROOM].tolist())
-            self._launch(stream)
+        numbers[:head] = limit, rows[0, 0], guard, 0.0
+        numbers[head : head + rows.size] = rows.ravel()
+        for launch in self._launches:
+            launch(stream)
         self._written = wanted
 
     def told(self) -> np.ndarray:
@@ -271,10 +272,12 @@ class Part:
         self.made_on: set[int] = set()
         self.weight: Callable[[], Any] = lambda: None
         self._found: Found | None = None
-        self._ready_for: Any = None  # rows of hyper-parameters, and where those are
+        self._which: Sequence[int] | None = None  # rows of hyper-parameters that it is ready for,
+        self._at = 0  # and where those are
         self._last: int | None = None
         self._partial = Scratch(gpu)
-        self._norm: list[Any] = []
+        self._launches: list[Any] = []
+        self._with_norm: list[Any] = []  # the same, with the norm of the gradients
 
     def hold(self, found: Found, weight: Any) -> None:
         """Take other arrays."""
@@ -285,15 +288,19 @@ class Part:
             placed = next((old for old in before if old.table.like(table)), None)
             self.placed.append(placed or Placed(self.gpu, self.hyper, table))
             self.placed[-1].take(table)
-        self.made_on, self.weight, self._norm = found.made_on, _weakly(weight), []
-        self._found, self._ready_for = found, None
+        self.made_on, self.weight = found.made_on, _weakly(weight)
+        self._found, self._which = found, None
 
     def retake(self, places: np.ndarray) -> bool:
         """Take other gradients, which are like the last ones; False if they cannot be taken as they are."""
         found = self._found
-        if found is None or found.parts or self.gpu.capturing(self.stream()):
+        if found is None or found.parts:
             return False
         survey, held = found.bound.found, found.bound.found.bytes[:, 0]
+        if (survey.addresses[held > 0, 0] == places[held > 0]).all():
+            return True
+        if self.gpu.capturing(self.stream()):
+            return False
         sizes = np.maximum(held // np.maximum(survey.sizes, 1), 1).astype(np.uint64)
         survey.addresses[held > 0, 0] = places[held > 0]
         if (places % sizes)[held > 0].any() or ndarray.overlapping(survey):
@@ -306,8 +313,8 @@ class Part:
     def give_up(self) -> Any:
         """All that launches have the addresses of, which it will not use again."""
         kept = (self.placed, self._partial, self.hyper.memory)
-        self.placed, self._partial, self._norm = [], Scratch(self.gpu), []
-        self._found = self._ready_for = None
+        self.placed, self._partial = [], Scratch(self.gpu)
+        self._found = self._which = None
         return kept
 
     def stream(self) -> int:
@@ -316,31 +323,41 @@ class Part:
 
     def write(self, rows: np.ndarray, which: Sequence[int], norm: Norm | None, stream: int) -> None:
         """Have hyper-parameters and tables in place when the stream gets there."""
-        if self._last is not None and stream != self._last:
-            self.gpu.after(stream, self._last)
-        for other in self.made_on - {stream}:
-            self.gpu.after(stream, other)
-        self._last = stream
+        if stream != self._last:
+            if self._last is not None:
+                self.gpu.after(stream, self._last)
+            self._last = stream
+        if self.made_on:
+            for other in self.made_on - {stream}:
+                self.gpu.after(stream, other)
         self.hyper.fit(rows)
-        length = rows.shape[1]
         if not self.ready(which, None):
-            for placed in self.placed:
-                placed.place([length * which[self.members[k]] for k in placed.table.members], stream)
-            self._ready_for, self._norm = (list(which), self.hyper.address), []
+            self._place(which, rows.shape[1], stream)
         self.hyper.write(rows, norm, stream)
-        if norm is not None and not self._norm:
-            self._norm = self._norm_launches(length)
+        if norm is not None and not self._with_norm:
+            self._with_norm = self._launches_of(self._norm_launches(rows.shape[1]))
+
+    def _place(self, which: Sequence[int], length: int, stream: int) -> None:
+        """Have tables in place, with tensors' rows of hyper-parameters, which have that length."""
+        for placed in self.placed:
+            placed.place([length * which[self.members[k]] for k in placed.table.members], stream)
+        self._launches, self._with_norm = self._launches_of([]), []
+        self._which, self._at = which, self.hyper.address
+
+    def _launches_of(self, between: list[Any]) -> list[Any]:
+        """All that is launched in a step: something comes between sorting and updates."""
+        sorting = [launch for placed in self.placed for launch in placed.sorting]
+        return [*sorting, *between, *(placed.launch for placed in self.placed)]
 
     def ready(self, which: Sequence[int], norm: Norm | None) -> bool:
         """Whether all is in place, but for the values of hyper-parameters."""
-        at = None if self.hyper.memory is None else self.hyper.address
-        return self._ready_for == (which, at) and (norm is None or bool(self._norm))
+        if self._at != self.hyper.address or self._which is None:
+            return False
+        return (which is self._which or which == self._which) and (norm is None or bool(self._with_norm))
 
     def launch(self, norm: Norm | None, stream: int) -> None:
         """Launch the kernels of a step: nothing else happens to the stream."""
-        sorting = [launch for placed in self.placed for launch in placed.sorting]
-        updates = [placed.launch for placed in self.placed]
-        for launch in (*sorting, *(self._norm if norm is not None else ()), *updates):
+        for launch in self._launches if norm is None else self._with_norm:
             launch(stream)
 
     def _norm_launches(self, length: int) -> list[Any]:
@@ -380,9 +397,10 @@ class Prepared:
         self._captured_which: list[int] = []
         self._kept: list[Any] = []  # what graphs have the addresses of
 
-    def take(self, request: device.Request) -> None:
-        """Be ready for the arrays of a request; nothing is launched. Errors as in `bind`."""
-        grads, *rest = request.columns
+    def take(self, request: device.Request, grads: Sequence[Any] | None = None) -> None:
+        """Be ready for a request's arrays, or other gradients; nothing is launched. Errors as in `bind`."""
+        rest = request.columns[1:]
+        grads = request.columns[0] if grads is None else grads
         known, self._known = self._known, []
         before, self._stored = self._stored, (request.stored, request.numbers)
         same = bool(known) and self._stored == before and all(map(Known.same, known[1:], rest))
@@ -390,7 +408,7 @@ class Prepared:
             self._known = known
             return
         if not (same and self._take_gradients(grads)):
-            self._take_all(request)
+            self._take_all(request._replace(columns=[grads, *rest]))
         try:
             self._known = [Known(grads), *(known[1:] if same else map(Known, rest))]
         except (TypeError, AttributeError):  # no telling whether an object is still the same
@@ -470,8 +488,7 @@ class Known:
 
     def __init__(self, column: Sequence[Any]) -> None:
         self._gone: list[Any] = []
-        tensors = all(hasattr(value, "data_ptr") for value in column)
-        self._read = methodcaller("data_ptr") if tensors else _place_of
+        self._read = _reader(column)
         self._ids, self._places = list(map(id, column)), list(map(self._read, column))
         self._refs = [weakref.ref(value, self._gone.append) for value in _parts(column)]
 
@@ -480,6 +497,22 @@ class Known:
         if self._gone or list(map(id, column)) != self._ids:
             return False
         return list(map(self._read, column)) == self._places
+
+
+def _reader(column: Sequence[Any]) -> Callable[[Any], Any]:
+    """What says most quickly where each of these arrays is."""
+    for read in READERS:
+        with suppress(AttributeError):  # one of them is not of that library
+            list(map(read, column))
+            return read
+    return _place_of
+
+
+def _told(array: Any) -> int:
+    return array.__cuda_array_interface__["data"][0]
+
+
+READERS = methodcaller("data_ptr"), attrgetter("data.ptr"), _told  # of PyTorch, of CuPy, of others
 
 
 def _parts(column: Sequence[Any]) -> Iterator[Any]:

@@ -689,7 +689,7 @@ class Optimizer:
         row = (rescale, clip, wd, *self.hyper(lr, t))
         if self.stochastic_rounding:
             row += rounding.step_numbers(self.seed, t)
-        if not math.isfinite(rescale) or any(x != x for x in row):
+        if not math.isfinite(rescale) or any(map(math.isnan, row)):
             given = {"rescale_grad": rescale, "wd": wd, "clip_gradient": clip} | vars(self)
             bad = [f"{k}={v!r}" for k, v in given.items() if isinstance(v, float) and not math.isfinite(v)]
             raise ValueError(f"hyper-parameters must be finite, got {', '.join(bad) or row}")

@@ -257,16 +257,13 @@ class Launch:
 
         self.kernel, self.jitted = kernel, cuda.jit(kernel.function)
         self.grid = min(max(blocks, 1), 3), min(threads, 8)
-        self.set(integers, reals)
-
-    def set(self, integers, reals):
-        assert len(integers) == self.kernel.integers
-        assert len(reals) == self.kernel.reals
-        self.arguments = [*map(int, integers), *map(np.float64, reals)]
+        assert len(integers) == kernel.integers
+        assert len(reals) == kernel.reals
+        self.integers, self.reals = [*map(int, integers)], reals
 
     def __call__(self, stream):
         launches.append(self.kernel.key[0])
-        self.jitted[self.grid](*self.arguments)
+        self.jitted[self.grid](*self.integers, *map(np.float64, self.reals))
 
 
 # ---------------------------------------------------------------- for tests

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ class DriverError(RuntimeError):
 def call(function: Callable[..., Any], *args: Any) -> Any:
     """What a function of the driver gives back, if all went well."""
     error, *found = function(*args)
-    if error != driver.CUresult.CUDA_SUCCESS:
+    if error:
         text = driver.cuGetErrorString(error)[1]
         told = text.decode() if isinstance(text, bytes) else str(error)
         raise DriverError(f"{function.__name__}: {told}")
@@ -65,7 +64,7 @@ class Device:
         start()
         self.number = number
         self._handle = call(driver.cuDeviceGet, number)
-        self._context = call(driver.cuDevicePrimaryCtxRetain, self._handle)
+        self._current = Current(call(driver.cuDevicePrimaryCtxRetain, self._handle))
         kinds = driver.CUdevice_attribute
         major = self._ask(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
         self.capability = (major, self._ask(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
@@ -81,14 +80,9 @@ class Device:
         memory = int(call(driver.cuDeviceTotalMem, self._handle))
         return {"name": name, "capability": "{}.{}".format(*self.capability), "bytes": memory}
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
+    def current(self) -> Current:
         """While this lasts, what the driver is asked for is for this device."""
-        call(driver.cuCtxPushCurrent, self._context)
-        try:
-            yield
-        finally:
-            call(driver.cuCtxPopCurrent)
+        return self._current
 
     def function(self, kernel: Kernel) -> Any:
         """A kernel, compiled and loaded."""
@@ -143,6 +137,19 @@ class Device:
             call(driver.cuEventRecord, mark, other)
             call(driver.cuStreamWaitEvent, stream, mark, 0)
             call(driver.cuEventDestroy, mark)  # once it has happened
+
+
+class Current:
+    """A device's context, as a context of Python's."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        call(driver.cuCtxPushCurrent, self._context)
+
+    def __exit__(self, *error: object) -> None:
+        call(driver.cuCtxPopCurrent)
 
 
 class Memory:
@@ -207,7 +214,11 @@ class Pinned:
 
 
 class Launch:
-    """A kernel with its arguments, ready to be launched any number of times."""
+    """A kernel with its arguments, ready to be launched any number of times.
+
+    The `reals` are where they are given, and may be changed there: a launch takes them along, so that earlier
+    ones are not disturbed.
+    """
 
     def __init__(
         self,
@@ -216,27 +227,22 @@ class Launch:
         blocks: int,
         threads: int,
         integers: Sequence[int],
-        reals: Sequence[float] = (),
+        reals: np.ndarray | None = None,
     ) -> None:
-        self._integers = (ctypes.c_int64 * len(integers))(*integers)
-        self._reals = (ctypes.c_double * kernel.reals)(*reals)
+        self._integers, self._reals = (ctypes.c_int64 * len(integers))(*integers), reals
         places = [ctypes.addressof(self._integers) + 8 * k for k in range(kernel.integers)]
-        places += [ctypes.addressof(self._reals) + 8 * k for k in range(kernel.reals)]
+        if reals is not None:
+            places += [reals.ctypes.data + 8 * k for k in range(kernel.reals)]
         self._places = (ctypes.c_void_p * len(places))(*places)
         self._launch = functools.partial(
             driver.cuLaunchKernel, device.function(kernel), max(blocks, 1), 1, 1, threads, 1, 1, 0
         )
         self._arguments = ctypes.addressof(self._places)
 
-    def set(self, integers: Sequence[int], reals: Sequence[float]) -> None:
-        """Other arguments: a launch takes them along, so that earlier ones are not disturbed."""
-        self._integers[:] = list(integers)
-        self._reals[:] = list(reals)
-
     def __call__(self, stream: int) -> None:
         """Launch it, in the device's context."""
         (error,) = self._launch(stream, self._arguments, 0)
-        if error != driver.CUresult.CUDA_SUCCESS:
+        if error:
             raise DriverError(f"cuLaunchKernel: {error}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -131,6 +133,32 @@ def test_new_gradients_at_each_step():
         gpu.step(cuda_host.on_gpu(fresh))
         cpu.step(fresh)
     agree(gpu, cpu)
+
+
+class Pointing(cuda_host.HostArray):
+    """An array that says where it is as CuPy's do, too."""
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.array.ctypes.data)
+
+
+@pytest.mark.parametrize("kind", [cuda_host.HostArray, Pointing])
+def test_arrays_that_move(kind):
+    """An array's object may be the same and its memory another: that of a gradient, or of a weight."""
+    call = table.make(table.row("nag"), [3, 40])
+    weights, grads = ([kind(cuda_host.whole(a)) for a in part] for part in (call.weights, call.grads))
+    gpu, cpu = numba_opt.Trainer(weights, "nag"), numba_opt.Trainer(call.weights, "nag")
+    gone = []
+    for moved in ([], [grads[0]], [weights[1], grads[1]], [weights[0]]):
+        for array in moved:
+            gone.append(array.array)
+            array.array = cuda_host.whole(array.array)
+            gone[-1][...] = np.nan
+        for trainer, given in ((gpu, grads), (cpu, call.grads)):
+            trainer.step(given)
+            trainer.step(given)
+        agree(gpu, cpu)
 
 
 def test_a_step_holds_no_gradient():
@@ -368,3 +396,8 @@ def test_fresh_tensors_of_torch(monkeypatch):
     gpu.step(kept[1])
     cpu.step([np.float32(2) * grad for grad in call.grads])
     agree(gpu, cpu)
+    cuda_host.launches.clear()
+    gpu.step([Tensor(tensor.array) for tensor in kept[1]])  # other tensors in the same memory
+    cpu.step([np.float32(2) * grad for grad in call.grads])
+    agree(gpu, cpu)
+    assert cuda_host.launches == ["dense"]
