@@ -490,7 +490,8 @@ class Known:
         self._gone: list[Any] = []
         self._read = _reader(column)
         self._ids, self._places = list(map(id, column)), list(map(self._read, column))
-        self._refs = [weakref.ref(value, self._gone.append) for value in _parts(column)]
+        whole = column if self._read in READERS else _parts(column)
+        self._refs = [weakref.ref(value, self._gone.append) for value in whole]
 
     def same(self, column: Sequence[Any]) -> bool:
         """Whether these are the same arrays, where they were."""

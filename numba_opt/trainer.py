@@ -36,7 +36,8 @@ class Trainer:
         Gradients are scaled down together when their norm exceeds this: the root of the sum of all their
         squares, after `rescale_grad` and `batch_size`, before everything else.
     skip_nonfinite : bool, default False
-        A step whose gradients hold a NaN or an infinity changes nothing and is counted in `skipped_steps`.
+        A step whose gradients hold a NaN or an infinity changes nothing and is counted in `skipped_steps`. On
+        a GPU it counts as an update too, as below.
     lr_mult, wd_mult : dict of str to float, optional
         Multipliers of learning rate and weight decay by name or pattern, such as ``{"*.bias": 0}``; the last
         one that fits counts. They come before those that the optimizer has by name.
@@ -66,6 +67,12 @@ class Trainer:
     -----
     All parameters of a step have the learning rate of the largest count of updates among them; MXNet, and
     `Optimizer.update` with it, has those before it in the list a step behind if counts differ.
+
+    On a GPU, whether gradients are finite is known there and not to the host, which would have to wait for it
+    at each step. So a step that `skip_nonfinite` leaves out has been counted by then: schedules of learning
+    rates, the bias corrections of Adamax and FTML, and the chance of `stochastic_rounding` go on as after any
+    other step, while on the CPU they stay where they were. States and parameters stay as they are on both,
+    and ``optimizer.num_update - trainer.skipped_steps`` is how many steps have changed them.
 
     Examples
     --------
