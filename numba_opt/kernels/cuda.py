@@ -121,10 +121,56 @@ def over_block(number):
 
 
 @register_jitable
+def first_chunk():
+    """The first unit of a block that takes chunks, and how many blocks there are."""
+    return np.int64(cuda.blockIdx.x), np.int64(cuda.gridDim.x)
+
+
+@register_jitable
 def first_row():
     """The first unit of a warp that takes rows, and how many warps there are."""
     warps = np.int64(cuda.blockDim.x // WARP)
     return cuda.blockIdx.x * warps + cuda.threadIdx.x // WARP, cuda.gridDim.x * warps
+
+
+def over(first: Callable[..., Any], visit: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop over those units of the long line that are this block's or warp's: ``loop(table, ..., x)``.
+
+    ``visit(entry, columns, t, k, unit, x)`` gets the row of the table of a unit's tensor, that tensor's
+    number, the unit's number among those of the tensor, and among all.
+    """
+    visit = register_jitable(visit)
+
+    @register_jitable
+    def loop(table, columns, starts, tensors, x):
+        units = number_at(starts, tensors)
+        unit, stride = first()
+        while unit < units:
+            t = tensor_at(starts, tensors, unit)
+            visit(table + 8 * columns * t, columns, t, unit - number_at(starts, t), unit, x)
+            unit += stride
+
+    return loop
+
+
+def updates(first: Callable[..., Any], visit: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that updates units, unless the step is to be skipped; `x` is what `over` does not take."""
+    loop = over(first, visit)
+
+    def kernel(table, columns, offsets, starts, tensors, hyper, room):
+        if number_at(hyper, SKIP) == 0:
+            loop(table, columns, starts, tensors, (offsets, hyper, room))
+
+    kernel.__qualname__ = visit.__qualname__  # which is what profilers show
+    return kernel
+
+
+@register_jitable
+def elements_of(offsets, t, chunk):
+    """The first element of a tensor's chunk, and how many it has."""
+    first = chunk * CHUNK
+    left = number_at(offsets, t + 1) - number_at(offsets, t) - first
+    return first, u4(min(left, CHUNK))
 
 
 def for_each(lanes: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,14 +195,28 @@ def sum_of(lanes: int) -> Callable[..., Any]:
 def reader(rule: Callable[..., Any], n_state: int, per_row: bool, own: str) -> Callable[..., Any]:
     """What reads all that a rule is given but elements: ``read(hyper, room, entry, columns)``.
 
-    From a tensor's row of the table, and from the buffer, whose parts have room for so many numbers: the
-    hyper-parameters, three that all have and the rule's own; and the key of what is left to chance, if
-    anything is, for the tensor's first element.
+    From the buffer, whose parts have room for so many numbers, and from a tensor's row of the table; see
+    `reader_at`.
     """
-    weight = own.split()[0]
-    code = compute_code(weight)
+    read_at = reader_at(rule, n_state, per_row, own)
+    code = compute_code(own.split()[0])
     size, parts = SIZES[code], 1 if code == "f8" else 2
-    by_chance = "s" in own
+
+    @register_jitable
+    def read(hyper, room, entry, columns):
+        first = hyper + 8 * (OUT + parts * room)
+        return read_at(first + size * (HEAD + number_at(entry, columns - 1)), entry, columns)
+
+    return read
+
+
+def reader_at(rule: Callable[..., Any], n_state: int, per_row: bool, own: str) -> Callable[..., Any]:
+    """What reads a row of hyper-parameters at an address: ``read_at(place, entry, columns)``.
+
+    The result is the hyper-parameters, three that all have and the rule's own, and the key of what is left to
+    chance, if anything is, for the first element of the tensor that has that row of the table.
+    """
+    code, by_chance = compute_code(own.split()[0]), "s" in own
     count = 3 + rule.__code__.co_argcount - 2 - n_state - int(per_row)
     length = count + 2 * by_chance
 
@@ -171,12 +231,11 @@ def reader(rule: Callable[..., Any], n_state: int, per_row: bool, own: str) -> C
     key_for = key if by_chance else no_key
 
     @register_jitable
-    def read(hyper, room, entry, columns):
-        first = hyper + 8 * (OUT + parts * room)
-        h = numbers(first + size * (HEAD + number_at(entry, columns - 1)), code, length)
+    def read_at(place, entry, columns):
+        h = numbers(place, code, length)
         return h[:count], key_for(h, number_at(entry, columns - 3))
 
-    return read
+    return read_at
 
 
 @register_jitable
@@ -332,8 +391,8 @@ def dense(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) ->
     tensors' first elements on the CPU's long line, and their first units on this one; the buffer of
     hyper-parameters.
     """
-    make = _row_kernel if per_row else _element_kernel
-    return Kernel(make(rule, n_state, layout), ("dense", rule, n_state, per_row, layout), 7)
+    kernel = (_row_kernel if per_row else _element_kernel)(rule, n_state, layout)
+    return Kernel(kernel, ("dense", rule, n_state, per_row, layout), 7)
 
 
 def _element_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
@@ -342,23 +401,14 @@ def _element_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Call
     read = reader(rule, n_state, False, own)
     update = walk(code, own, updating(rule, end, own))
 
-    def kernel(table, columns, offsets, starts, tensors, hyper, room):
-        if number_at(hyper, SKIP) != 0:
-            return
-        chunks = number_at(starts, tensors)
-        chunk = np.int64(cuda.blockIdx.x)
-        while chunk < chunks:
-            t = tensor_at(starts, tensors, chunk)
-            entry = table + 8 * columns * t
-            first = (chunk - number_at(starts, t)) * CHUNK
-            left = number_at(offsets, t + 1) - number_at(offsets, t) - first
-            array = moved(numbers(entry, "i8", n_array), layout, first)
-            x = further(read(hyper, room, entry, columns), first)
-            thread, stride = u4(cuda.threadIdx.x), u4(cuda.blockDim.x)
-            update(array[:1], array[1:], u4(min(left, CHUNK)), thread, stride, x)
-            chunk += cuda.gridDim.x
+    def chunk(entry, columns, t, k, unit, x):
+        offsets, hyper, room = x
+        first, count = elements_of(offsets, t, k)
+        array = moved(numbers(entry, "i8", n_array), layout, first)
+        given = further(read(hyper, room, entry, columns), first)
+        update(array[:1], array[1:], count, u4(cuda.threadIdx.x), u4(cuda.blockDim.x), given)
 
-    return kernel
+    return updates(first_chunk, chunk)
 
 
 def _row_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
@@ -367,21 +417,13 @@ def _row_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable
     read = reader(rule, n_state, True, own)
     step = row_step(rule, n_state, True, own, code)
 
-    def kernel(table, columns, offsets, starts, tensors, hyper, room):
-        if number_at(hyper, SKIP) != 0:
-            return
-        rows = number_at(starts, tensors)
-        row, stride = first_row()
-        while row < rows:
-            t = tensor_at(starts, tensors, row)
-            entry = table + 8 * columns * t
-            r, width = row - number_at(starts, t), number_at(entry, columns - 2)
-            array = numbers(entry, "i8", n_array)
-            x = read(hyper, room, entry, columns)
-            step(moved(array[:1], code, r * width), array[1:], r, width, x)
-            row += stride
+    def row(entry, columns, t, r, unit, x):
+        _, hyper, room = x
+        width, array = number_at(entry, columns - 2), numbers(entry, "i8", n_array)
+        given = read(hyper, room, entry, columns)
+        step(moved(array[:1], code, r * width), array[1:], r, width, given)
 
-    return kernel
+    return updates(first_row, row)
 
 
 @functools.cache
@@ -403,25 +445,17 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     source_of, gather = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
     step = row_step(rule, n_state, per_row, layout, code, gather)
 
-    def kernel(table, columns, offsets, starts, tensors, hyper, room):
-        if number_at(hyper, SKIP) != 0:
-            return
-        units = number_at(starts, tensors)
-        unit, stride = first_row()
-        while unit < units:
-            t = tensor_at(starts, tensors, unit)
-            entry = table + 8 * columns * t
-            width = number_at(entry, columns - 2)
-            head = numbers(entry, "i8", HEADER)
-            row, source = source_of(head, unit - number_at(starts, t), width)
-            if row == STRAYED:
-                put(hyper + 8 * STRAY, "f8", (1.0,))
-            elif row != NOTHING:
-                x = read(hyper, room, entry, columns)
-                step(source, numbers(entry + 8 * HEADER, "i8", n_array), row, width, x)
-            unit += stride
+    def visit(entry, columns, t, k, unit, x):
+        _, hyper, room = x
+        width = number_at(entry, columns - 2)
+        row, source = source_of(numbers(entry, "i8", HEADER), k, width)
+        if row == STRAYED:
+            put(hyper + 8 * STRAY, "f8", (1.0,))
+        elif row != NOTHING:
+            given = read(hyper, room, entry, columns)
+            step(source, numbers(entry + 8 * HEADER, "i8", n_array), row, width, given)
 
-    return Kernel(kernel, ("rows", rule, n_state, per_row, layout, form), 7)
+    return Kernel(updates(first_row, visit), ("rows", rule, n_state, per_row, layout, form), 7)
 
 
 NOTHING, STRAYED = -1, -2  # instead of the number of a row
@@ -550,23 +584,21 @@ def squares(code: str) -> Kernel:
     ``kernel(table, columns, offsets, starts, tensors, partial)`` writes the sum of each chunk, in double
     precision, from the address `partial` on.
     """
-
     of_chunk = walk(code, "", squaring_alone)
 
+    def visit(entry, columns, t, k, unit, x):
+        offsets, partial = x
+        first, count = elements_of(offsets, t, k)
+        array = moved(numbers(entry, "i8", 1), code, first)
+        thread, stride = u4(cuda.threadIdx.x), u4(cuda.blockDim.x)
+        total = over_block(of_chunk(array, array, count, thread, stride, 0))
+        if cuda.threadIdx.x == 0:
+            put(partial + 8 * unit, "f8", (total,))
+
+    loop = over(first_chunk, visit)
+
     def kernel(table, columns, offsets, starts, tensors, partial):
-        chunks = number_at(starts, tensors)
-        chunk = np.int64(cuda.blockIdx.x)
-        while chunk < chunks:
-            t = tensor_at(starts, tensors, chunk)
-            entry = table + 8 * columns * t
-            first = (chunk - number_at(starts, t)) * CHUNK
-            left = number_at(offsets, t + 1) - number_at(offsets, t) - first
-            array = moved(numbers(entry, "i8", 1), code, first)
-            thread, stride = u4(cuda.threadIdx.x), u4(cuda.blockDim.x)
-            total = over_block(of_chunk(array, array, u4(min(left, CHUNK)), thread, stride, 0))
-            if cuda.threadIdx.x == 0:
-                put(partial + 8 * chunk, "f8", (total,))
-            chunk += cuda.gridDim.x
+        loop(table, columns, starts, tensors, (offsets, partial))
 
     return Kernel(kernel, ("squares", code), 6)
 
@@ -582,22 +614,20 @@ def row_squares(weight: str, form: str) -> Kernel:
     source_of, gather = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
     of_row = walk(code, "", squaring_alone, gather)
 
+    def visit(entry, columns, t, k, unit, x):
+        width = number_at(entry, columns - 2)
+        row, source = source_of(numbers(entry, "i8", HEADER), k, width)
+        thread, total = u4(u4(cuda.threadIdx.x) & u4(WARP - 1)), np.float64(0)
+        if row >= 0:
+            total = of_row(source, source[:1], u4(width), thread, u4(WARP), 0)
+        total = over_warp(total)
+        if thread == 0:
+            put(x[0] + 8 * unit, "f8", (total,))
+
+    loop = over(first_row, visit)
+
     def kernel(table, columns, offsets, starts, tensors, partial):
-        units = number_at(starts, tensors)
-        unit, stride = first_row()
-        thread = u4(u4(cuda.threadIdx.x) & u4(WARP - 1))
-        while unit < units:
-            t = tensor_at(starts, tensors, unit)
-            entry = table + 8 * columns * t
-            width = number_at(entry, columns - 2)
-            row, source = source_of(numbers(entry, "i8", HEADER), unit - number_at(starts, t), width)
-            total = np.float64(0)
-            if row >= 0:
-                total = of_row(source, source[:1], u4(width), thread, u4(WARP), 0)
-            total = over_warp(total)
-            if thread == 0:
-                put(partial + 8 * unit, "f8", (total,))
-            unit += stride
+        loop(table, columns, starts, tensors, (partial,))
 
     return Kernel(kernel, ("row_squares", weight, form), 6)
 
