@@ -23,6 +23,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda.extending import register_jitable
 
+from .cuda_buffer import GUARD, HEAD, LIMIT, OUT, RESCALE, ROOM, SKIP, SKIPPED, STRAY
 from .cuda_elements import ACCESS, SIZES, aligned, from_other, load, moved, numbers, put, store
 from .elements import prepare
 from .rounding import key_of
@@ -33,15 +34,6 @@ THREADS = 256
 WARP = 32
 WARPS = 4  # in a block that updates rows
 SUMS = THREADS // WARP  # of warps, that a block adds
-
-# A buffer of hyper-parameters begins with what kernels say, in OUT words. Then come three parts of the same
-# length: float64 as given, float64 as used, float32 as used. Each one has HEAD numbers and the rows.
-OUT, HEAD = 4, 4
-# float64: whether to change nothing; the norm; how many steps were skipped; whether a row led outside
-SKIP, NORM, SKIPPED, STRAY = range(4)
-# The limit of the norm; what gradients are multiplied by; whether to skip non-finite ones.
-LIMIT, RESCALE, GUARD = range(3)
-ROOM = 16  # numbers that one launch of `set_hyper` writes
 
 HEADER = 6  # numbers before the addresses of arrays, in the table of `rows`
 
