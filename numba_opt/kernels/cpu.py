@@ -159,12 +159,15 @@ def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[.
     numbers = _numbers(rule, n_state, True, layout)
     n_array = len(layout.split())
     line = line_of(layout)
+    real = compute_dtype(layout.split()[1])
+    arrays = f"{layout} f{real.itemsize}"
 
     @register_jitable
     def span(entry, hyper, start, stop, chunk, far):
-        array = pointers(to_fixed_tuple(entry, n_array), layout)
         width = np.int64(entry[-2])
         h, key = numbers(hyper, entry[-1], entry[-3])
+        spare = np.empty(width, real)
+        array = pointers((*to_fixed_tuple(entry, n_array), np.uint64(spare.ctypes.data)), arrays)
         for r in range(ceildiv(start, width), ceildiv(stop, width)):
             if far:
                 for i in range(np.uintp(r * width + AHEAD), np.uintp((r + 1) * width + AHEAD), line):
@@ -177,7 +180,9 @@ def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[.
 def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) -> Callable[..., Any]:
     """One row's update: ``row(array, h, key, width, r, at)`` takes the gradient's row `at` to row `r`.
 
-    With `per_row` its mean square comes first, then its elements; the states are one number each.
+    With `per_row` its mean square comes first, then its elements; the states are one number each. The last
+    array is a spare row, where gradients lie in between. (Preparing them twice took GroupAdaGrad 10% more
+    time in float32 and 20% in float16, which is converted as well.)
     """
     keep = _keeping(layout)
     rule = register_jitable(rule)
@@ -194,7 +199,7 @@ def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str)
             out = rule(value[0], grad, *value[1:], *h[3:])
             store(array[1:2], first + j, out)
             keep(array[2:end], first + j, out[1:], key)
-            store(array[end:], first + j, out)
+            store(array[end:-1], first + j, out)
 
     @register_jitable
     def reduced_row(array, h, key, width, r, at):
@@ -205,15 +210,15 @@ def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str)
             grad = load(array[:1], source + j, real)
             weight = load(array[1:2], first + j, real)
             grad = prepare(grad[0], weight[0], h[0], h[1], h[2])
+            store(array[-1:], j, (grad,))
             total = add(total, grad * grad)
         mean_square = total / real(width)
         for j in range(np.uintp(width)):
-            grad = load(array[:1], source + j, real)
+            grad = load(array[-1:], j)
             weight = load(array[1:2], first + j, real)
-            grad = prepare(grad[0], weight[0], h[0], h[1], h[2])
-            out = rule(weight[0], grad, *state, mean_square, *h[3:])
+            out = rule(weight[0], grad[0], *state, mean_square, *h[3:])
             store(array[1:2], first + j, out[:1])
-            store(array[end:], first + j, out[:1])
+            store(array[end:-1], first + j, out[:1])
             new = out[1:]
         keep(array[2:end], np.uintp(r), new, key)
 
@@ -240,12 +245,13 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     kind, *codes = form.split()
     code = codes[-1] if codes else layout.split()[0]
     real = compute_dtype(layout.split()[0])
-    number = "f8" if real.itemsize == 8 else "f4"
+    number = f"f{real.itemsize}"
+    given, summed = f"{code} {layout} {number}", f"{number} {layout} {number}"
     step = row_step(rule, n_state, per_row, f"{number} {layout}")
     numbers = _numbers(rule, n_state, per_row, layout)
     n_array = len(layout.split())
     block, sparse = kind == "block", kind == "csr"
-    wide = 1 if per_row else n_array  # of the arrays, those with whole rows
+    wide = 2 if per_row else 1 + n_array  # of the arrays, those with whole rows
     line, own_line = line_of(code), line_of(layout)
 
     @register_jitable
@@ -306,11 +312,11 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
         width = np.int64(entry[-2])
         row = np.int64(entry[-1])
         recorded = np.int64(entry[5])
-        grad, nothing = np.empty(width, real), np.zeros(width, real)
-        rest = pointers(to_fixed_tuple(entry[HEADER:], n_array), layout)
-        array = pointers((np.uint64(grad.ctypes.data),), number) + rest
-        empty = pointers((np.uint64(nothing.ctypes.data),), number) + rest
-        direct = pointers((entry[0],), code) + rest
+        grad, nothing, spare = np.empty(width, real), np.zeros(width, real), np.empty(width, real)
+        own = (*to_fixed_tuple(entry[HEADER:], n_array), np.uint64(spare.ctypes.data))
+        array = pointers((np.uint64(grad.ctypes.data), *own), summed)
+        empty = pointers((np.uint64(nothing.ctypes.data), *own), summed)
+        direct = pointers((entry[0], *own), given)
         touched = pointers((entry[1],), "i8")
         stamps = pointers((entry[4],), "i8")
         if block or sparse:  # else there is no such row
@@ -321,8 +327,8 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
             if entry[1] != 0 and k + NEXT < end:  # rows come in no order that the processor could foresee
                 first = np.uintp(load(touched, np.uintp(k + NEXT))[0])
                 for i in range(first * np.uintp(width), (first + np.uintp(1)) * np.uintp(width), own_line):
-                    prefetch(rest[:wide], i)
-                prefetch(rest[wide:], first)
+                    prefetch(array[1:wide], i)
+                prefetch(array[wide:-1], first)
             if exact:
                 for q in range(load(stamps, np.uintp(r))[0], recorded):
                     step(empty, *numbers(hyper, row + q, entry[-3]), width, r, 0)
