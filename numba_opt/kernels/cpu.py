@@ -165,10 +165,11 @@ def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[.
     @register_jitable
     def span(entry, hyper, start, stop, chunk, far):
         width = np.int64(entry[-2])
+        begin, end = ceildiv(start, width), ceildiv(stop, width)
         h, key = numbers(hyper, entry[-1], entry[-3])
-        spare = np.empty(width, real)
+        spare = np.empty(width if begin < end else 0, real)  # a row may be longer than many chunks
         array = pointers((*to_fixed_tuple(entry, n_array), np.uint64(spare.ctypes.data)), arrays)
-        for r in range(ceildiv(start, width), ceildiv(stop, width)):
+        for r in range(begin, end):
             if far:
                 for i in range(np.uintp(r * width + AHEAD), np.uintp((r + 1) * width + AHEAD), line):
                     prefetch(array[:2], i)
