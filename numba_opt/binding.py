@@ -7,7 +7,7 @@ tables and rows of hyper-parameters anew only where something has changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -42,20 +42,25 @@ class Binding:
         """What holds the tables."""
         return execution.Prepared(self.request)
 
-    def step(self, trainer: Trainer, rescale: float) -> bool:
-        """Update the parameters; False if there was reason to skip that."""
+    def step(self, trainer: Trainer, rescale: float, before: Callable[[], None] | None = None) -> bool:
+        """Update the parameters; False if there was reason to skip that.
+
+        Once all is checked comes what is to happen `before`.
+        """
         try:
-            return self._step(trainer, rescale)
+            return self._step(trainer, rescale, before)
         finally:
             self.grads = self.positions  # the caller's arrays are the caller's again
 
-    def _step(self, trainer: Trainer, rescale: float) -> bool:
+    def _step(self, trainer: Trainer, rescale: float, before: Callable[[], None] | None) -> bool:
         optimizer = trainer.optimizer
         work = self.bind(optimizer)
         scale = self.scale(trainer, work, rescale)
         if scale is None:
             return False
         hyper, after = self.plan(trainer, scale)
+        if before is not None:
+            before()
         self.carry_out(trainer, work, hyper, after)
         return True
 

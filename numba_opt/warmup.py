@@ -274,6 +274,13 @@ def cuda_kernels(
 ) -> Iterator[tuple[Any, ...]]:
     """The kernels of GPUs, by name and arguments."""
     yield from (("set_hyper",), ("clip_norm",), *(("squares", code) for code in codes))
+    loops = cuda_arrays.loops()
+    sums = [
+        f"{code} {total}"
+        for code in codes
+        for total in dict.fromkeys([code, "f4"] if code in HALF else [code])
+    ]
+    yield from (("dense", rule, 0, False, layout) for layout in sums for rule in (loops.begun, loops.plus))
     if sparse:
         yield from (("keys", "i4"), ("keys", "i8"), ("merge",))
         for code in codes:

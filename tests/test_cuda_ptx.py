@@ -102,6 +102,19 @@ def test_dense_kernels_of_other_layouts(made, layout, loads, stores):
     assert found.registers <= 96
 
 
+@pytest.mark.parametrize("name", ["begun", "plus"])
+@pytest.mark.parametrize("layout", ["f4 f4", "f8 f8", "f2 f4", "b2 f4", "f2 f2"])
+def test_accumulation(made, name, layout):
+    from numba_opt.kernels import cuda
+
+    found = made("dense", getattr(cuda, name), 0, False, layout)
+    check(found)
+    assert (found.double == 0) == ("f8" not in layout)
+    wide = 2 if layout in ("f2 f4", "b2 f4") else 1  # accesses of a group of 8 sums
+    check_once(found, 1 + wide * (name == "plus"), wide)  # the first gradient does not ask what the sum was
+    assert found.registers <= 40
+
+
 @pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4"])
 @pytest.mark.parametrize("name", ["adamax", "groupadagrad"])
 def test_rows(made, name, form):

@@ -214,6 +214,29 @@ def test_trainer(library, options):
     table.assert_near(library.get(list(gpu.params.values())), call.weights, 1e-6)
 
 
+@table.each
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_accumulate(library, row, dtype):
+    """Micro-batches add up on the GPU, in float32 for half precision with master weights."""
+    call = table.make(row, SHAPES, dtype)
+    gpu, cpu = (
+        numba_opt.Trainer(weights, table.build(row, multi_precision=True), clip_global_norm=1.0)
+        for weights in (library.put(call.weights), call.weights)
+    )
+    for step in range(3):
+        for part in range(4):
+            grads = table.make(row, SHAPES, dtype, seed=4 * step + part).grads
+            last = part == 3 and step == 1
+            for trainer, own in ((gpu, library.put(grads)), (cpu, grads)):
+                trainer.step(own, batch_size=4) if last else trainer.accumulate(own)
+        if step != 1:
+            table.assert_bits(library.get(gpu._sums), cpu._sums)
+            for trainer in (gpu, cpu):
+                trainer.step(batch_size=4)
+        assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
+    table.assert_near(library.get(list(gpu.params.values())), call.weights, 1e-6)
+
+
 def test_steps_that_are_skipped(torch):
     weight, grad = torch.ones(1000, device="cuda"), torch.ones(1000, device="cuda")
     trainer = numba_opt.Trainer([weight], "adamax", skip_nonfinite=True)

@@ -49,6 +49,22 @@ prepare = register_jitable(prepare)
 u4 = np.uint32
 
 
+def plus(total, grad):
+    """The rule of accumulation, under which the weight is a sum of gradients."""
+    return (total + grad,)
+
+
+def begun(total, grad, zero):
+    """The same for the first gradient, whatever the sum's memory holds; -0 becomes 0, as it does in a sum."""
+    return (grad + zero,)
+
+
+@register_jitable
+def as_it_comes(grad, weight, rescale, bound, wd):
+    """A gradient that is to be added up: 0 times the sum so far would be NaN if that has overflowed."""
+    return grad
+
+
 class Kernel(NamedTuple):
     """A kernel that is yet to be compiled: a function of int64 and float64, and what tells it apart."""
 
@@ -211,10 +227,11 @@ def updating(rule: Callable[..., Any], n_value: int, own: str) -> Callable[[int]
     states that go with its elements, `n_value` arrays in all, and perhaps a copy of the weight."""
     codes = own.split()
     values, copied = " ".join(codes[:n_value]), " ".join(codes[n_value:])
+    prepared = as_it_comes if rule in (plus, begun) else prepare
     real, rule = real_of(codes[0]), register_jitable(rule)
 
     def step(grad, value, x):
-        g = prepare(real(grad[0]), value[0], x[0], x[1], x[2])
+        g = prepared(real(grad[0]), value[0], x[0], x[1], x[2])
         return rule(value[0], g, *value[1:], *x[3:])
 
     def visit(lanes: int) -> Any:
