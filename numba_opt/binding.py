@@ -144,7 +144,8 @@ class CudaBinding(Binding):
 
     def bind(self, optimizer: Optimizer) -> None:
         columns = [self.grads, *self.request.columns[1:]]
-        self.prepared.take(self.request._replace(columns=columns, stored=optimizer._stored))
+        stored, sparse = optimizer._stored, optimizer.sparse_update
+        self.prepared.take(self.request._replace(columns=columns, stored=stored, sparse=sparse))
 
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float:
         return rescale  # the device does the rest

@@ -175,22 +175,22 @@ def row_tables(
     groups: dict[tuple[str, str], list[int]] = {}
     for t, part in parts.items():
         layout = device.own_layout(int(bound.found.codes[t]), columns, rule.n_state, bound.stored)
-        groups.setdefault((part.form, layout), []).append(t)
+        groups.setdefault((part.updating[0], layout), []).append(t)
     for (form, layout), members in groups.items():
-        entries, units = [], []
+        entries, units, sums = [], [], []
         for t in members:
             arrays = bound.found.addresses[t]
             own, width = arrays[1 : 1 + len(layout.split())].tolist(), int(arrays[-2])
             entries.append([*parts[t].head(bound.arrays[1][t].shape[0], keys=0), *own, width, 0])
-            units.append(parts[t].units if width else 0)
+            units.append(parts[t].updating[1] if width else 0)
+            sums.append(parts[t].units if width else 0)
         line = device.line(np.array(units))
+        lines = np.stack([line, line, device.line(np.array(sums))])
         kernel = loops.rows(*rule, layout, form)
-        squares = loops.row_squares(layout.split()[0], form)
+        squares = loops.row_squares(layout.split()[0], parts[members[0]].form)
         words = np.array(entries, np.uint64)
         sparse = [parts[t] for t in members]
-        yield Table(
-            f"{form}: {layout}", members, words, np.stack([line] * 3), kernel, squares, (True, True), sparse
-        )
+        yield Table(f"{form}: {layout}", members, words, lines, kernel, squares, (True, True), sparse)
 
 
 class Placed:
@@ -523,7 +523,7 @@ def bind(request: device.Request) -> list[Found]:
     for t, grad in given.items():
         weight = views[1][t]
         assert weight is not None
-        parts[t] = cuda_sparse.parts_of(grad, weight, f"gradient of {request.label(t)}")
+        parts[t] = cuda_sparse.parts_of(grad, weight, f"gradient of {request.label(t)}", request.sparse)
     apart = {t: [view.shadow for view in part.views] for t, part in parts.items()}
     request = request._replace(apart={**request.apart, **apart})
     where = [view.device for view in views[1] if view is not None]

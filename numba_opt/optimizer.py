@@ -511,9 +511,10 @@ class Optimizer:
 
     def _check_on_cuda(self, what: str) -> None:
         """Refuse what kernels on GPUs cannot do."""
-        if self.sparse_update != "lazy":
-            given = repr(self.sparse_update)
-            raise ValueError(f"{what} is on a GPU, where sparse_update must be 'lazy'; got {given}")
+        if self.sparse_update == "exact":
+            raise ValueError(
+                f"{what} is on a GPU, where sparse_update must be 'lazy' or 'dense'; got 'exact'"
+            )
         if self.stochastic_rounding:
             raise ValueError(f"{what} is on a GPU, where stochastic_rounding must be False; got True")
 
@@ -608,7 +609,7 @@ class Optimizer:
             return self._label(indices[t])
 
         request = device.Request(columns, self.state_names, self.per_row, label, stored=self._stored)
-        return request._replace(numbers=self._numbers(indices)), stamps
+        return request._replace(numbers=self._numbers(indices), sparse=self.sparse_update), stamps
 
     def _masters(
         self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]

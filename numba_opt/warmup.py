@@ -293,12 +293,14 @@ def cuda_kernels(
             for copied in masters if code in HALF else (False,):
                 own, grads = _stored(optimizer, code, copied)
                 yield from (("dense", *rule, f"{grad} {own}") for grad in grads)
-                if sparse and optimizer.sparse_update == "lazy":
-                    yield from (("rows", *rule, own, form) for form in _forms(code))
+                if sparse:
+                    yield from (("rows", *rule, own, form) for form in _forms(code, optimizer.sparse_update))
 
 
-def _forms(code: str) -> list[str]:
+def _forms(code: str, mode: str = "lazy") -> list[str]:
     """Sparse gradients of a dtype, as GPUs have them: distinct rows, any rows, CSR."""
+    if mode == "dense":
+        return [f"every-keys {code}", f"every-csr i4 {code}", f"every-csr i8 {code}"]
     return [f"rows i4 {code}", f"rows i8 {code}", f"keys {code}", f"csr i4 {code}", f"csr i8 {code}"]
 
 

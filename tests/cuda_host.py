@@ -104,6 +104,10 @@ def put(address, code, values):
     view(int(address), code, len(values))[:] = encode(values, code)
 
 
+def rounded(number, code):
+    return decode(encode(np.array([number]), code), code)[0]
+
+
 def moved(addresses, layout, elements):
     return tuple(
         int(a) + int(elements) * SIZES[code] for a, code in zip(addresses, layout.split(), strict=True)

@@ -171,14 +171,34 @@ def test_blocks(library, row, distinct):
 
 
 @table.each
-def test_csr(row):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_row(library, row, dtype):
+    """``sparse_update="dense"``: rows without a gradient take a step with zero."""
+    rng = np.random.default_rng(5)
+    call = table.make(row, [(500, 33)], dtype)
+    rows = rng.integers(0, 500, 300)
+    values = rng.standard_normal((len(rows), 33)).astype(dtype)
+    options = table.common(row) | {"sparse_update": "dense"}
+    gpu, cpu = table.build(row, **options), table.build(row, **options)
+    weights, states = library.put(call.weights), library.put(call.states)
+    ours = RowSparse(library.put(rows), library.put(values), (500, 33))
+    for _ in range(3):
+        gpu.update([0], weights, [ours], states)
+        cpu.update([0], call.weights, [RowSparse(rows, values, (500, 33))], call.states)
+    tolerance = 1e-2 if dtype == "float16" else 1e-5
+    table.assert_alike(row, library.get([weights, states]), table.outputs(call), tolerance)
+
+
+@table.each
+@pytest.mark.parametrize("mode", ["lazy", "dense"])
+def test_csr(row, mode):
     cupy = pytest.importorskip("cupy")
     sparse = import_module("cupyx.scipy.sparse")
     import scipy.sparse
 
     matrix = scipy.sparse.random(400, 50, 0.05, "csr", "float32", rng=np.random.default_rng(2))
     call = table.make(row, [(400, 50)])
-    gpu, cpu = table.build(row), table.build(row)
+    gpu, cpu = table.build(row, sparse_update=mode), table.build(row, sparse_update=mode)
     weights, states = map(LIBRARIES[1].put, (call.weights, call.states))
     for _ in range(3):
         gpu.update([0], weights, [sparse.csr_matrix(matrix)], states)

@@ -22,7 +22,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda.extending import register_jitable
 
-from .cuda_elements import ACCESS, SIZES, aligned, from_other, load, moved, numbers, put, store
+from .cuda_elements import ACCESS, SIZES, aligned, from_other, load, moved, numbers, put, rounded, store
 from .elements import prepare
 from .scalar import sqrt
 
@@ -388,12 +388,16 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
 
     Forms: ``"rows i8 f4"``, a block of float32 whose rows are all different ones, numbered by int64; ``"keys
     f4"``, one whose rows may come more than once: whoever meets the first of a row's keys sums them in order;
-    ``"csr i4 f4"``. Rows that lead outside are left out, and STRAY says so.
+    ``"csr i4 f4"``. Rows that lead outside are left out, and STRAY says so. In ``"every-keys f4"`` and
+    ``"every-csr i4 f4"`` all rows are updated, those without a gradient with zero; a unit is a row, and keys
+    have one more after the last row.
     """
     kind, *index, code = form.split()
     n_array, weight = len(layout.split()), layout.split()[0]
     read = hyper_row(n_hyper(rule, n_state, per_row), weight)
     source_of, gather = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
+    if kind.startswith("every") and weight in ("f2", "b2"):
+        gather = as_dense(gather, weight)
     step = row_step(rule, n_state, per_row, layout, code, gather)
 
     def kernel(table, columns, offsets, starts, tensors, hyper, room):
@@ -434,21 +438,47 @@ def _by_rows(code: str, place: str, real: Any) -> Any:
 
 def _by_keys(code: str, place: str, real: Any) -> Any:
     """Gradients in a block whose rows may come more than once."""
-    size = SIZES[code]
 
     @register_jitable
     def source(head, k, width):
         row = number_at(head[3], k) >> 32
+        parts = (head[0], head[3], k, head[5], width, row)
         if k > 0 and number_at(head[3], k - 1) >> 32 == row:
             row = np.int64(NOTHING)
         elif row >= head[4]:
             row = np.int64(STRAYED)
-        return row, (head[0], head[3], k, head[5], width)
+        return row, parts
+
+    return source, _gather_keys(code, real)
+
+
+def _by_every_row(code: str, place: str, real: Any) -> Any:
+    """The same where rows without a gradient get zero: a unit is a row, or what comes after the last one."""
+
+    @register_jitable
+    def source(head, k, width):
+        low, high = np.int64(0), head[5]
+        while low < high:
+            middle = (low + high) >> 1
+            if number_at(head[3], middle) >> 32 < k:
+                low = middle + 1
+            else:
+                high = middle
+        row = np.int64(k)
+        if k == head[4]:
+            row = np.int64(STRAYED if low < head[5] else NOTHING)
+        return row, (head[0], head[3], low, head[5], width, k)
+
+    return source, _gather_keys(code, real)
+
+
+def _gather_keys(code: str, real: Any) -> Any:
+    """What sums an element's parts, from the first of its row's keys on."""
+    size = SIZES[code]
 
     @register_jitable
     def gather(source, j):
-        data, keys, k, parts, width = source
-        row = number_at(keys, k) >> 32
+        data, keys, k, parts, width, row = source
         total = real(0)
         while k < parts and number_at(keys, k) >> 32 == row:
             part = number_at(keys, k) & PLACE
@@ -456,18 +486,18 @@ def _by_keys(code: str, place: str, real: Any) -> Any:
             k += 1
         return ((total,),)
 
-    return source, gather
+    return gather
 
 
-def _by_csr(code: str, place: str, real: Any) -> Any:
-    """Gradients in the entries of a CSR matrix."""
+def _by_csr(code: str, place: str, real: Any, every: bool = False) -> Any:
+    """Gradients in the entries of a CSR matrix. With `every`, rows that have none get zero."""
     size, wide = SIZES[code], SIZES[place]
 
     @register_jitable
     def source(head, k, width):
         begin = np.int64(numbers(head[1] + wide * k, place, 1)[0])
         end = np.int64(numbers(head[1] + wide * (k + 1), place, 1)[0])
-        row = k if begin < end else np.int64(NOTHING)
+        row = k if begin < end or every else np.int64(NOTHING)
         if begin < 0 or begin > end or end > head[5]:
             row = np.int64(STRAYED)
         return row, (head[0], head[2], begin, end)
@@ -485,7 +515,18 @@ def _by_csr(code: str, place: str, real: Any) -> Any:
     return source, gather
 
 
-SOURCES = {"rows": _by_rows, "keys": _by_keys, "csr": _by_csr}
+SOURCES: dict[str, Callable[..., Any]] = {
+    "rows": _by_rows,
+    "keys": _by_keys,
+    "csr": _by_csr,
+    "every-keys": _by_every_row,
+    "every-csr": functools.partial(_by_csr, every=True),
+}
+
+
+def as_dense(gather: Any, code: str) -> Any:
+    """Sums as a dense gradient of a half-precision weight would have them, which is rounded."""
+    return register_jitable(lambda source, j: ((rounded(gather(source, j)[0][0], code),),))
 
 
 @functools.cache

@@ -176,6 +176,19 @@ def put(typingctx, address, code, values):
 
 
 @intrinsic
+def rounded(typingctx, number, code):
+    """A number as it would be found again once it had been stored."""
+    if not _known(code):
+        return None
+    kind = code.literal_value
+
+    def codegen(context, builder, sig, args):
+        return _decode(context, builder, _encode(context, builder, args[0], kind), kind)
+
+    return number(number, code), codegen
+
+
+@intrinsic
 def moved(typingctx, addresses, layout, elements):
     """Addresses of arrays, so many elements further on."""
     if not _known(layout):

@@ -194,6 +194,65 @@ def test_a_block_is_read_back():
     np.testing.assert_array_equal(ours.coalesce().rows, theirs.coalesce().rows)
 
 
+# ---------------------------------------------------------------- dense
+
+
+@table.each
+@pytest.mark.parametrize("distinct", [False, True])
+def test_every_row(row, distinct):
+    """Rows without a gradient take a step with zero: weight decay, and states that fade."""
+    options = table.common(row) | {"sparse_update": "dense"}
+    gpu, cpu = table.build(row, **options), table.build(row, **options)
+    call = table.make(row, [SHAPE] * 4)
+    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    grads = [block([7, 0, 3]), csr(), block([7, 0, 3] if distinct else ROWS), block([])]
+    ours = [on_gpu(grad, distinct) for grad in grads]
+    for _ in range(2):
+        cpu.update(call.indices, call.weights, grads, call.states)
+        gpu.update(call.indices, weights, ours, states)
+    table.assert_alike(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
+
+
+@some
+def test_every_row_of_other_dtypes_and_dimensions(name):
+    row = table.row(name)
+    options = {"sparse_update": "dense"}
+    grads = [block(dtype="float64"), csr(dtype="float64", index="int64"), block([1, 1], (4, 3), "float64")]
+    table.assert_alike(row, *both(row, grads, [SHAPE, SHAPE, (4, 3)], "float64", **options))
+    if not row.cls.per_row:
+        table.assert_alike(row, *both(row, [block([0, 4, 4], (5,))], [(5,)], lazy_update=False))
+
+
+@pytest.mark.parametrize("name", ["nag", "adamax"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("masters", [False, True])
+def test_every_row_in_half_precision(name, dtype, masters):
+    """Sums are rounded as a dense gradient's elements are."""
+    row = table.row(name)
+    grads = [block(dtype=dtype), csr(dtype=dtype)] if dtype == "float16" else [block(dtype=dtype)]
+    options = {"sparse_update": "dense", "multi_precision": masters}
+    table.assert_alike(row, *both(row, grads, dtype=dtype, **options))
+
+
+def test_every_row_but_strays():
+    row = table.row("nag")
+    call = table.make(row, [SHAPE])
+    options = {"sparse_update": "dense", "wd": 0.1}
+    given, good = block([2, 1, 5, 3]), block([2, 5])
+    good.values[...] = given.values[[0, 2]]
+    ours = on_gpu(given)
+    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row, **options), clip_global_norm=1)
+    cpu = numba_opt.Trainer(call.weights, table.build(row, **options), clip_global_norm=1)
+    gpu.step([on_gpu(good)])
+    cpu.step([good])
+    assert not gpu.stray_rows
+    ours.rows.array[:] = [2, 40, 5, -3]
+    gpu.step([ours])
+    assert gpu.stray_rows
+    cpu.step([good])
+    table.assert_near(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()), 1e-6)
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -240,10 +299,3 @@ def test_gradients_that_share_memory_with_weights():
     grad = RowSparse(cuda_host.on_gpu(np.array([0, 1])), weights[0], (2, 6))
     with pytest.raises(ValueError, match="shares memory with gradient of parameter 0"):
         table.build(row).update([0], weights, [grad], states)
-
-
-@pytest.mark.parametrize("mode", ["exact", "dense"])
-def test_only_lazy(mode):
-    weight = cuda_host.on_gpu(np.zeros(SHAPE, "f4"))
-    with pytest.raises(ValueError, match=f"sparse_update must be 'lazy'; got '{mode}'"):
-        numba_opt.NAG(sparse_update=mode).create_state(0, weight)
