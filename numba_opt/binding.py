@@ -145,7 +145,10 @@ class CudaBinding(Binding):
     def bind(self, optimizer: Optimizer) -> None:
         columns = [self.grads, *self.request.columns[1:]]
         stored, sparse = optimizer._stored, optimizer.sparse_update
-        self.prepared.take(self.request._replace(columns=columns, stored=stored, sparse=sparse))
+        request = self.request._replace(columns=columns, stored=stored, sparse=sparse)
+        if self.stamps:
+            request = optimizer._with_histories(request, self.stamps, self.positions)
+        self.prepared.take(request)
 
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float:
         return rescale  # the device does the rest

@@ -75,6 +75,7 @@ class Request(NamedTuple):
     stored: str = ""
     numbers: tuple[int, ...] = ()
     sparse: str = "lazy"
+    histories: Mapping[int, Any] = {}  # of parameters with stamps, on GPUs
 
     @property
     def n_state(self) -> int:

@@ -294,7 +294,12 @@ def cuda_kernels(
                 own, grads = _stored(optimizer, code, copied)
                 yield from (("dense", *rule, f"{grad} {own}") for grad in grads)
                 if sparse:
-                    yield from (("rows", *rule, own, form) for form in _forms(code, optimizer.sparse_update))
+                    forms = _forms(code, optimizer.sparse_update)
+                    yield from (("rows", *rule, own, form) for form in forms)
+                    if optimizer.sparse_update == "exact":
+                        weight = own.split()[0]
+                        yield from (("late", *rule, own, form) for form in (*forms, f"none {weight}"))
+                        yield from (("record", 3 + rule.n_hyper, weight), ("forget",))
 
 
 def _forms(code: str, mode: str = "lazy") -> list[str]:
@@ -338,7 +343,10 @@ def _cuda(name: str, *args: Any) -> None:
     cuda_code.compiled(getattr(cuda_arrays.loops(), name)(*made), (major, minor))
 
 
-CUDA = ("set_hyper", "clip_norm", "squares", "keys", "merge", "row_squares", "dense", "rows")
+CUDA = (
+    *("set_hyper", "clip_norm", "squares", "keys", "merge", "row_squares", "dense", "rows"),
+    *("late", "record", "forget"),
+)
 
 HELPERS = ("read arrays", "share work")
 

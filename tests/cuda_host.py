@@ -131,6 +131,10 @@ def from_other(number, mask):
     return found
 
 
+def meet():
+    threading.current_thread().syncthreads()
+
+
 # ---------------------------------------------------------------- the driver
 
 launches = []  # names of kernels, in order

@@ -125,6 +125,16 @@ def test_rows(made, name, form):
     assert found.registers <= 80
 
 
+@pytest.mark.parametrize("form", ["keys f4", "csr i4 f4", "none f4"])
+@pytest.mark.parametrize("name", ["nag", "rmsprop-centered", "groupadagrad"])
+def test_rows_that_catch_up(made, name, form):
+    rule = table.build(table.row(name))._rule()
+    found = made("late", *rule, " ".join(["f4"] * (1 + rule.n_state)), form)
+    check(found)
+    assert found.double == 0
+    assert found.registers <= 72
+
+
 @pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4"])
 def test_squares_of_rows(made, form):
     found = made("row_squares", "f4", form)
@@ -140,7 +150,13 @@ def test_squares(made, code):
     assert found.registers <= 64
 
 
-@pytest.mark.parametrize("args", [("keys", "i4"), ("keys", "i8"), ("merge",), ("set_hyper",), ("clip_norm",)])
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(("keys", "i4"), ("keys", "i8"), ("merge",), ("set_hyper",), ("clip_norm",)),
+        *(("record", 5, "f4"), ("record", 5, "f8"), ("forget",)),
+    ],
+)
 def test_other_kernels(made, args):
     check(made(*args))
 

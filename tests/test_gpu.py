@@ -190,6 +190,36 @@ def test_every_row(library, row, dtype):
 
 
 @table.each
+def test_rows_catch_up(library, row):
+    """``sparse_update="exact"``: touched rows at each step, and all of them after a flush."""
+    rng = np.random.default_rng(6)
+    call = table.make(row, [(500, 33)])
+    options = table.common(row) | {"sparse_update": "exact"}
+    gpu, cpu = table.build(row, **options), table.build(row, **options)
+    weights, theirs = library.put(call.weights), call.weights
+    ours_state, state = gpu.create_state(0, weights[0]), cpu.create_state(0, theirs[0])
+    for n in range(1100):  # more steps than the device keeps
+        rows = rng.integers(0, 500 if n % 100 else 20, 7)
+        values = rng.standard_normal((len(rows), 33)).astype("float32")
+        dense = rng.standard_normal((500, 33)).astype("float32")
+        if n % 250 == 60:
+            gpu.update([0], weights, [library.put(dense)], [ours_state])
+            cpu.update([0], theirs, [dense], [state])
+        else:
+            gpu.update(
+                [0], weights, [RowSparse(library.put(rows), library.put(values), (500, 33))], [ours_state]
+            )
+            cpu.update([0], theirs, [RowSparse(rows, values, (500, 33))], [state])
+        if n % 200 == 0:
+            table.assert_near(library.get(weights[0])[rows], theirs[0][rows], 1e-5)
+    gpu.flush([0], weights, [ours_state])
+    cpu.flush([0], theirs, [state])
+    found = library.get([*weights, *table.leaves(ours_state[0])])
+    table.assert_alike(row, found, [*theirs, *table.leaves(state[0])], 1e-4)
+    assert not library.get(ours_state[1]).any()
+
+
+@table.each
 @pytest.mark.parametrize("mode", ["lazy", "dense"])
 def test_csr(row, mode):
     cupy = pytest.importorskip("cupy")

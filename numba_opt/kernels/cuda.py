@@ -22,7 +22,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda.extending import register_jitable
 
-from .cuda_elements import ACCESS, SIZES, aligned, from_other, load, moved, numbers, put, rounded, store
+from .cuda_elements import ACCESS, SIZES, aligned, from_other, load, meet, moved, numbers, put, rounded, store
 from .elements import prepare
 from .scalar import sqrt
 
@@ -41,7 +41,9 @@ SKIP, NORM, SKIPPED, STRAY = range(4)
 LIMIT, RESCALE, GUARD = range(3)
 ROOM = 16  # numbers that one launch of `set_hyper` writes
 
-HEADER = 6  # numbers before the addresses of arrays, in the table of `rows`
+HEADER = 8  # numbers before the addresses of arrays, in the table of `rows`
+
+COUNT = 16  # bytes of a history before its rows of hyper-parameters: how many there are, and nothing
 
 PLACE = (1 << 32) - 1  # the bits of a key that say where a touched row's part is; those above are the row
 
@@ -382,9 +384,10 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     """The kernel that applies a rule to the rows that sparse gradients touch; `layout` is without gradients.
 
     Arguments as in `dense`. A row of the table begins with HEADER numbers: the addresses of the gradient's
-    numbers, of row numbers or of where a CSR matrix's rows begin, of columns, and of keys as `sort` leaves
-    them; then how many rows the tensor has and how many parts there are. The weight, the states and perhaps
-    the copy come next. A unit is a part, or a row of a CSR matrix.
+    numbers, of row numbers or of where a CSR matrix's rows begin, of columns, and of keys as `merge` leaves
+    them; then how many rows the tensor has and how many parts there are, and the addresses of the rows'
+    stamps and of a history, if they catch up (`late`). The weight, the states and perhaps the copy come next.
+    A unit is a part, or a row of a CSR matrix.
 
     Forms: ``"rows i8 f4"``, a block of float32 whose rows are all different ones, numbered by int64; ``"keys
     f4"``, one whose rows may come more than once: whoever meets the first of a row's keys sums them in order;
@@ -472,6 +475,11 @@ def _by_every_row(code: str, place: str, real: Any) -> Any:
     return source, _gather_keys(code, real)
 
 
+def _by_none(code: str, place: str, real: Any) -> Any:
+    """No gradients: all rows there are."""
+    return register_jitable(lambda head, k, width: (np.int64(k), (head[0],))), None
+
+
 def _gather_keys(code: str, real: Any) -> Any:
     """What sums an element's parts, from the first of its row's keys on."""
     size = SIZES[code]
@@ -521,12 +529,100 @@ SOURCES: dict[str, Callable[..., Any]] = {
     "csr": _by_csr,
     "every-keys": _by_every_row,
     "every-csr": functools.partial(_by_csr, every=True),
+    "none": _by_none,
 }
 
 
 def as_dense(gather: Any, code: str) -> Any:
     """Sums as a dense gradient of a half-precision weight would have them, which is rounded."""
     return register_jitable(lambda source, j: ((rounded(gather(source, j)[0][0], code),),))
+
+
+@functools.cache
+def late(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, form: str) -> Kernel:
+    """The kernel in which rows catch up with the steps recorded since their stamps.
+
+    Arguments as in `rows`, before which it is launched: the rows that it will update take the steps of their
+    tensor's history, as a dense optimizer would have taken them with a zero gradient. A history begins with a
+    count, in COUNT bytes, and has the hyper-parameters of so many steps. A row's stamp says how many of them
+    it has taken; afterwards, how many there will be once this step is recorded. The form ``"none f4"`` means
+    all rows, which take no step of their own; their stamps are 0 afterwards, for a history that begins anew.
+    """
+    kind, *index, code = form.split()
+    n_array, weight, flushing = len(layout.split()), layout.split()[0], kind == "none"
+    source_of, _ = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
+    real, length, stored = real_of(weight), n_hyper(rule, n_state, per_row), compute_code(weight)
+    size = SIZES[stored] * length
+    zero = register_jitable(lambda source, j: ((real(0),),))
+    step = row_step(rule, n_state, per_row, layout, code, zero)
+
+    def kernel(table, columns, offsets, starts, tensors, hyper, room):
+        if not flushing and number_at(hyper, SKIP) != 0:
+            return
+        units = number_at(starts, tensors)
+        unit, stride = first_row()
+        while unit < units:
+            t = tensor_at(starts, tensors, unit)
+            entry = table + 8 * columns * t
+            width = number_at(entry, columns - 2)
+            head = numbers(entry, "i8", HEADER)
+            row, source = source_of(head, unit - number_at(starts, t), width)
+            if row >= 0:
+                stamp, history = head[6] + 8 * row, head[7]
+                recorded = number_at(history, 0)
+                q = max(number_at(stamp, 0), 0)
+                while q < recorded:
+                    h = numbers(history + COUNT + size * q, stored, length)
+                    step(source, numbers(entry + 8 * HEADER, "i8", n_array), row, width, h)
+                    meet()  # a row's state is written by one thread and read by all
+                    q += 1
+                meet()  # all have read the stamp
+                if cuda.threadIdx.x % WARP == 0:
+                    put(stamp, "i8", (0 if flushing else recorded + 1,))
+            unit += stride
+
+    return Kernel(kernel, ("late", rule, n_state, per_row, layout, form), 7)
+
+
+@functools.cache
+def record(length: int, weight: str) -> Kernel:
+    """The kernel that appends a step's row of hyper-parameters to the history of each tensor of a table.
+
+    ``kernel(table, columns, tensors, hyper, room)``, the table being that of `rows`. A step that is skipped
+    is not recorded.
+    """
+    read, stored = hyper_row(length, weight), compute_code(weight)
+    size = SIZES[stored] * length
+
+    def kernel(table, columns, tensors, hyper, room):
+        if number_at(hyper, SKIP) != 0:
+            return
+        t = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        while t < tensors:
+            entry = table + 8 * columns * t
+            history = number_at(entry, 7)
+            count = number_at(history, 0)
+            put(history + COUNT + size * count, stored, read(hyper, room, number_at(entry, columns - 1)))
+            put(history, "i8", (count + 1,))
+            t += np.int64(cuda.gridDim.x) * cuda.blockDim.x
+
+    return Kernel(kernel, ("record", length, weight), 5)
+
+
+@functools.cache
+def forget() -> Kernel:
+    """The kernel that lets the histories of a table's tensors begin anew.
+
+    ``kernel(table, columns, tensors)``, the table being that of `rows`.
+    """
+
+    def kernel(table, columns, tensors):
+        t = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        while t < tensors:
+            put(number_at(table + 8 * columns * t, 7), "i8", (0,))
+            t += np.int64(cuda.gridDim.x) * cuda.blockDim.x
+
+    return Kernel(kernel, ("forget",), 3)
 
 
 @functools.cache

@@ -238,3 +238,16 @@ def from_other(typingctx, number, mask):
         return builder.bitcast(result, context.get_value_type(number))
 
     return sig, codegen
+
+
+@intrinsic
+def meet(typingctx):
+    """Let the threads of a warp wait for each other, and each see what the others have written."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.bar.warp.sync")
+        builder.call(function, [I32(-1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
