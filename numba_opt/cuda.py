@@ -247,10 +247,11 @@ class Placed:
 
     def _sort(self, entry: np.ndarray, parts: cuda_sparse.Parts, place: int) -> int:
         """Have a gradient's keys sorted, in memory for twice as many; says where they are then."""
-        loops, count, run = kernels().loops, parts.units, 1
+        loops, count = kernels().loops, parts.units
         source, target = place, place + 8 * count
         first = (int(entry[1]), count, int(entry[4]), source)
-        self.sorting.append(self._over(loops.keys(parts.integers), count, first))
+        run = loops.RUN
+        self.sorting.append(self._over(loops.keys(parts.integers), -(-count // run), first, False))
         while run < count:
             self.sorting.append(self._over(loops.merge(), count, (source, count, run, target)))
             source, target, run = target, source, 2 * run

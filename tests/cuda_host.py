@@ -131,6 +131,18 @@ def from_other(number, mask):
     return found
 
 
+def agreed(flag):
+    from numba_opt.kernels import cuda as loops
+
+    thread = threading.current_thread()
+    own = thread.threadIdx.x
+    shared[own] = flag
+    thread.syncthreads()
+    found = all(shared[own // loops.WARP * loops.WARP + k] for k in range(loops.WARP))
+    thread.syncthreads()
+    return found
+
+
 def meet():
     threading.current_thread().syncthreads()
 
@@ -157,6 +169,7 @@ def start():
     from numba_opt.kernels import cuda as loops
 
     loops.WARP = 4  # a simulated thread is one of the operating system's
+    loops.RUN = 8
 
 
 def device(number):

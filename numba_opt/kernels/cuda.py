@@ -22,7 +22,20 @@ import numpy as np
 from numba import cuda
 from numba.cuda.extending import register_jitable
 
-from .cuda_elements import ACCESS, SIZES, aligned, from_other, load, meet, moved, numbers, put, rounded, store
+from .cuda_elements import (
+    ACCESS,
+    SIZES,
+    agreed,
+    aligned,
+    from_other,
+    load,
+    meet,
+    moved,
+    numbers,
+    put,
+    rounded,
+    store,
+)
 from .elements import prepare
 from .scalar import sqrt
 
@@ -40,6 +53,8 @@ SKIP, NORM, SKIPPED, STRAY = range(4)
 # The limit of the norm; what gradients are multiplied by; whether to skip non-finite ones.
 LIMIT, RESCALE, GUARD = range(3)
 ROOM = 16  # numbers that one launch of `set_hyper` writes
+
+RUN = 1024  # keys that a block sorts, in 16 KiB: 100,000 take 8 launches (from runs of one key, 18)
 
 HEADER = 8  # numbers before the addresses of arrays, in the table of `rows`
 
@@ -502,21 +517,41 @@ def _by_csr(code: str, place: str, real: Any, every: bool = False) -> Any:
     size, wide = SIZES[code], SIZES[place]
 
     @register_jitable
+    def column_at(columns, p):
+        return np.int64(numbers(columns + wide * p, place, 1)[0])
+
+    @register_jitable
     def source(head, k, width):
         begin = np.int64(numbers(head[1] + wide * k, place, 1)[0])
         end = np.int64(numbers(head[1] + wide * (k + 1), place, 1)[0])
         row = k if begin < end or every else np.int64(NOTHING)
         if begin < 0 or begin > end or end > head[5]:
             row = np.int64(STRAYED)
-        return row, (head[0], head[2], begin, end)
+        p, rising = begin + 1 + cuda.threadIdx.x % WARP, True
+        while rising and row >= 0 and p < end:
+            rising = column_at(head[2], p - 1) <= column_at(head[2], p)
+            p += WARP
+        return row, (head[0], head[2], begin, end, np.int64(1 if agreed(rising) else 0))
 
     @register_jitable
     def gather(source, j):
-        data, columns, p, end = source
+        # Whoever has column j looks for it: no scratch memory, and always the same order. Where columns rise
+        # it is found by bisection, else among all of the row's entries.
+        data, columns, p, end, rising = source
+        low, high = p, end if rising else p
+        while low < high:
+            middle = (low + high) >> 1
+            if column_at(columns, middle) < j:
+                low = middle + 1
+            else:
+                high = middle
+        p = low
         total = real(0)
-        while p < end:  # whoever has column j looks for it: no scratch memory, and always the same order
-            if np.int64(numbers(columns + wide * p, place, 1)[0]) == j:
+        while p < end:
+            if column_at(columns, p) == j:
                 total = total + real(numbers(data + size * p, code, 1)[0])
+            elif rising:
+                p = end
             p += 1
         return ((total,),)
 
@@ -625,49 +660,80 @@ def forget() -> Kernel:
     return Kernel(kernel, ("forget",), 3)
 
 
+def placing(key_at: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a key belongs once sorted runs of `run` keys, a power of two, have been merged two and two.
+
+    It is behind those of its own run that are before it, and behind those of the other run that are less,
+    which are found by bisection: keys are all different, and each one goes straight to where it belongs.
+    """
+    key_at = register_jitable(key_at)
+
+    @register_jitable
+    def place_of(keys, k, key, run, count):
+        other = (k & -run) ^ run  # where the other run begins
+        low, high = min(other, count), min(other + run, count)
+        first = low
+        while low < high:
+            middle = (low + high) >> 1
+            if key_at(keys, middle) < key:
+                low = middle + 1
+            else:
+                high = middle
+        return (k & -(2 * run)) + (k & (run - 1)) + low - first
+
+    return place_of
+
+
 @functools.cache
 def keys(place: str) -> Kernel:
     """The kernel that makes keys of row numbers: the row in the upper half, its place in the lower one.
 
     ``kernel(rows, count, height, out)``. Rows outside come after all others, as if their number were
-    `height`.
+    `height`. Each block sorts RUN keys in its own memory.
     """
     wide = SIZES[place]
+    place_of, room = placing(lambda keys, k: keys[0][keys[1] + k]), 2 * RUN
 
     def kernel(rows, count, height, out):
-        k = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-        while k < count:
-            row = np.int64(numbers(rows + wide * k, place, 1)[0])
-            row = row if 0 <= row < height else height
-            put(out + 8 * k, "i8", ((row << 32) | k,))
-            k += np.int64(cuda.gridDim.x) * cuda.blockDim.x
+        held = cuda.shared.array(room, np.int64)  # the keys, and room for them in another order
+        first, thread = np.int64(cuda.blockIdx.x) * RUN, np.int64(cuda.threadIdx.x)
+        while first < count:
+            n, source, target, run = min(count - first, RUN), np.int64(0), np.int64(RUN), np.int64(1)
+            k = thread
+            while k < n:
+                row = np.int64(numbers(rows + wide * (first + k), place, 1)[0])
+                row = row if 0 <= row < height else height
+                held[k] = (row << 32) | (first + k)
+                k += cuda.blockDim.x
+            cuda.syncthreads()
+            while run < n:
+                k = thread
+                while k < n:
+                    key = held[source + k]
+                    held[target + place_of((held, source), k, key, run, n)] = key
+                    k += cuda.blockDim.x
+                cuda.syncthreads()
+                source, target, run = target, source, 2 * run
+            k = thread
+            while k < n:
+                put(out + 8 * (first + k), "i8", (held[source + k],))
+                k += cuda.blockDim.x
+            cuda.syncthreads()
+            first += np.int64(cuda.gridDim.x) * RUN
 
     return Kernel(kernel, ("keys", place), 4)
 
 
 @functools.cache
 def merge() -> Kernel:
-    """The kernel that merges sorted runs of `run` keys, all different, two and two.
-
-    ``kernel(keys, count, run, out)``. A key's place among those of the other run is found by bisection, so
-    that each one goes straight to where it belongs.
-    """
+    """The kernel that merges sorted runs of `run` keys two and two: ``kernel(keys, count, run, out)``."""
+    place_of = placing(number_at)
 
     def kernel(keys, count, run, out):
         k = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         while k < count:
             key = number_at(keys, k)
-            other = ((k // run) ^ 1) * run  # where the other run begins
-            low, high = min(other, count), min(other + run, count)
-            first = low
-            while low < high:
-                middle = (low + high) >> 1
-                if number_at(keys, middle) < key:
-                    low = middle + 1
-                else:
-                    high = middle
-            begin = k // (2 * run) * (2 * run)
-            put(out + 8 * (begin + k % run + low - first), "i8", (key,))
+            put(out + 8 * place_of(keys, k, key, run, count), "i8", (key,))
             k += np.int64(cuda.gridDim.x) * cuda.blockDim.x
 
     return Kernel(kernel, ("merge",), 4)

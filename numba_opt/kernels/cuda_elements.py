@@ -251,3 +251,17 @@ def meet(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def agreed(typingctx, flag):
+    """Whether all threads of a warp say so."""
+
+    def codegen(context, builder, sig, args):
+        flag = ir.IntType(1)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(flag, [I32, flag]), "llvm.nvvm.vote.all.sync"
+        )
+        return builder.zext(builder.call(function, [I32(-1), builder.trunc(args[0], flag)]), args[0].type)
+
+    return flag(flag), codegen

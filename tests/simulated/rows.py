@@ -108,12 +108,89 @@ def test_every_kind_in_one_call():
     table.assert_alike(row, *both(row, grads, shapes))
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 8, 21])
-def test_many_parts(count):
-    """Sorting and merging runs of any number of keys."""
+@pytest.mark.parametrize(
+    ("count", "merges"), [(0, 0), (1, 0), (3, 0), (8, 0), (9, 1), (16, 1), (21, 2), (70, 4)]
+)
+def test_many_parts(count, merges):
+    """Any number of keys: here a block sorts 8 of them, and runs of these are merged."""
     row = table.row("rmsprop")
     rows = np.random.default_rng(count).integers(0, 20, count).tolist()
+    cuda_host.launches.clear()
     table.assert_alike(row, *both(row, [block(rows, (20, 5))], [(20, 5)], steps=1))
+    assert [name for name in cuda_host.launches if name in ("keys", "merge")] == ["keys"] + ["merge"] * merges
+
+
+def test_runs_of_a_real_length(monkeypatch):
+    from numba_opt.kernels import cuda
+
+    monkeypatch.setattr(cuda, "RUN", 1024)
+    monkeypatch.setattr(cuda, "keys", cuda.keys.__wrapped__)
+    row = table.row("nag-plain")
+    rows = np.random.default_rng(0).integers(0, 300, 2500).tolist()
+    cuda_host.launches.clear()
+    table.assert_alike(row, *both(row, [block(rows, (300, 1))], [(300, 1)], steps=1))
+    assert [name for name in cuda_host.launches if name in ("keys", "merge")] == ["keys", "merge", "merge"]
+
+
+def some_csr(columns, shape=SHAPE, index="int32"):
+    """A CSR matrix with these columns in each row."""
+    starts = np.cumsum([0, *map(len, columns)]).astype(index)
+    data = np.random.default_rng(3).standard_normal(starts[-1]).astype("float32")
+    flat = np.array([column for row in columns for column in row], index)
+    matrix = scipy.sparse.csr_array(shape, dtype="float32")
+    matrix.data, matrix.indices, matrix.indptr = data, flat, starts
+    return matrix
+
+
+@pytest.mark.parametrize("name", ["adamax", "groupadagrad"])
+@pytest.mark.parametrize("index", ["int32", "int64"])
+def test_columns_in_any_order(name, index):
+    """Rising ones, which are bisected, with some that come twice; others, which are looked through."""
+    full = list(range(6))
+    columns = [
+        [0], [5], [0, 0, 0], [5, 5, 2], [1, 3, 3, 3, 4], full, [*full, *full], full[::-1],
+        [0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 0],
+    ]  # fmt: skip
+    row = table.row(name)
+    table.assert_alike(row, *both(row, [some_csr(columns, index=index)]))
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_columns_that_lead_outside(rising):
+    row = table.row("nag")
+    call = table.make(row, [SHAPE])
+    bad = some_csr([[-7, 1, 3, 6, 10**6], *[[]] * 8])
+    good = some_csr([[1, 3], *[[]] * 8])
+    good.data[...] = bad.data[1:3]
+    if not rising:
+        bad.indices[[0, 4]] = bad.indices[[4, 0]]
+    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    table.build(row).update([0], weights, [on_gpu(bad)], states)
+    table.build(row).update([0], call.weights, [good], call.states)
+    table.assert_bits(cuda_host.on_cpu([weights, states]), table.outputs(call))
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_how_often_columns_are_read(monkeypatch, rising):
+    """Once to see whether they rise, and then for each element a few times; if they don't, all of them."""
+    row, width, entries = table.row("nag-plain"), 192, 64
+    matrix = some_csr([[*range(0, width, 3)][:: 1 if rising else -1]], (1, width))
+    call = table.make(row, [(1, width)])
+    weights, grad = cuda_host.on_gpu(call.weights), on_gpu(matrix)
+    first = grad.indices.array.__array_interface__["data"][0]
+    reads, view = [], cuda_host.view
+
+    def seen(address, code, count):
+        if first <= address < first + 4 * entries:
+            reads.append(address)
+        return view(address, code, count)
+
+    monkeypatch.setattr(cuda_host, "view", seen)
+    table.build(row).update([0], weights, [grad], [None])
+    if rising:
+        assert len(reads) <= 2 * entries + width * (6 + 3)
+    else:
+        assert len(reads) >= entries * width
 
 
 def test_int32_rows():
