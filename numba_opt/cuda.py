@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from operator import methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cuda_history, cuda_sparse, device, execution
+from . import cuda_history, cuda_sparse, device, execution, interrupts
 from .cuda_arrays import View, address_of, current_stream, kernels, kind_of, look, on, place
 from .errors import CudaUnavailableError
 from .kernels import ndarray
@@ -375,7 +376,7 @@ class Part:
         return [t for t, history in self._found.histories.items() if history.recorded]
 
     def recorded(self) -> None:
-        """A step has been launched."""
+        """A step is about to be launched."""
         assert self._found is not None
         for t in self._found.parts.keys() & self._found.histories.keys():
             self._found.histories[t].recorded += 1
@@ -463,15 +464,19 @@ class Prepared:
         self._captured: list[tuple[Hyper, int, Part]] = []
         self._captured_which: list[int] = []
         self._kept: list[Any] = []  # what graphs have the addresses of
-        self._histories: list[int] = []  # where they are
+        self._sparse: list[Any] = []  # what sparse gradients mean, and where histories are
 
     def take(self, request: device.Request) -> None:
         """Be ready for the arrays of a request; nothing is launched. Errors as in `bind`."""
-        grads, *rest = (*request.columns, [*request.stamps.values()])
+        grads, *rest = request.columns
+        if request.stamps:
+            rest.append([*request.stamps.values()])
         known, self._known = self._known, []
-        histories = [history.address for history in request.histories.values()]
-        same = bool(known) and histories == self._histories and all(map(Known.same, known[1:], rest))
-        self._histories = histories
+        before, self._sparse = (
+            self._sparse,
+            [request.sparse, *(h.address for h in request.histories.values())],
+        )
+        same = bool(known) and before == self._sparse and all(map(Known.same, known[1:], rest))
         if same and known[0].same(grads):
             self._known = known
             return
@@ -517,34 +522,39 @@ class Prepared:
         if any(captured):
             if not graphs:
                 raise RuntimeError("only a step of a Trainer can be captured in a CUDA graph")
-            if self._histories:
+            if self._exact:
                 raise RuntimeError("a step with sparse_update='exact' cannot be captured in a CUDA graph")
             if not all(captured) or not all(part.ready(which, norm) for part in self.parts):
                 raise RuntimeError(UNPREPARED)
             self._captured = [(part.hyper, part.hyper.address, part) for part in self.parts]
             self._captured_which = list(which)
         rows = np.asarray(hyper, np.float64)
-        for part, stream, kept in zip(self.parts, streams, captured, strict=True):
-            with part.gpu.current():
-                if not kept:
-                    part.write(rows, which, norm, stream)
-                    if self._histories:
+        with interrupts.held_back() if self._exact else nullcontext():
+            for part, stream, kept in zip(self.parts, streams, captured, strict=True):
+                with part.gpu.current():
+                    if not kept:
+                        part.write(rows, which, norm, stream)
+                    if self._exact:
                         part.follow(stream)
                         part.catch_up(part.due(), stream)
-                part.launch(norm, stream)
-                if self._histories:
-                    part.recorded()
+                        part.recorded()
+                    part.launch(norm, stream)
         if any(captured):  # the graph has the tables for itself: later steps make others
             self._kept += [part.give_up() for part in self.parts]
             self._known = []
         return not any(captured)
 
+    @property
+    def _exact(self) -> bool:
+        return len(self._sparse) > 1
+
     def flush(self) -> None:
         """Bring all rows up to date."""
-        for part in self.parts:
-            with part.gpu.current():
-                part.follow(part.stream())
-                part.catch_up(part.behind(), part.stream())
+        with interrupts.held_back():
+            for part in self.parts:
+                with part.gpu.current():
+                    part.follow(part.stream())
+                    part.catch_up(part.behind(), part.stream())
 
     def refresh(self, hyper: Any, which: Sequence[int], norm: Norm | None) -> None:
         """Have hyper-parameters in place for the step that was captured last."""

@@ -219,6 +219,40 @@ def test_rows_catch_up(library, row):
     assert not library.get(ours_state[1]).any()
 
 
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 2048, 100_000])
+def test_keys_are_sorted(library, count):
+    """Runs that blocks sort, and merges of these."""
+    rng = np.random.default_rng(count)
+    rows = rng.integers(0, 5000, count)
+    values = rng.standard_normal((count, 3)).astype("float32")
+    call = table.make(table.row("nag"), [(5000, 3)])
+    weights, states = library.put(call.weights), library.put(call.states)
+    ours = RowSparse(library.put(rows), library.put(values), (5000, 3))
+    numba_opt.NAG().update([0], weights, [ours], states)
+    numba_opt.NAG().update([0], call.weights, [RowSparse(rows, values, (5000, 3))], call.states)
+    table.assert_bits(library.get([weights, states]), table.outputs(call))
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_columns_in_any_order(rising):
+    """Wide rows with many entries, some of which come twice."""
+    cupy = pytest.importorskip("cupy")
+    sparse = import_module("cupyx.scipy.sparse")
+    import scipy.sparse
+
+    rng = np.random.default_rng(3)
+    columns = rng.integers(0, 3000, (60, 500)).astype("int32")
+    columns = np.sort(columns, axis=1) if rising else columns
+    data = rng.standard_normal(columns.size).astype("float32")
+    parts = data, columns.ravel(), np.arange(0, columns.size + 1, 500, dtype="int32")
+    call = table.make(table.row("nag"), [(60, 3000)])
+    weights, states = map(LIBRARIES[1].put, (call.weights, call.states))
+    ours = sparse.csr_matrix(tuple(map(cupy.asarray, parts)), shape=(60, 3000))
+    numba_opt.NAG().update([0], weights, [ours], states)
+    numba_opt.NAG().update([0], call.weights, [scipy.sparse.csr_array(parts, (60, 3000))], call.states)
+    table.assert_bits(LIBRARIES[1].get([weights, states]), table.outputs(call))
+
+
 @table.each
 @pytest.mark.parametrize("mode", ["lazy", "dense"])
 def test_csr(row, mode):

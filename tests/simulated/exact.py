@@ -99,8 +99,7 @@ def test_catching_up_with_dense_gradients_between(name):
 
 @pytest.mark.filterwarnings("ignore:states in float16")
 @pytest.mark.parametrize("name", ["nag", "groupadagrad"])
-@pytest.mark.parametrize("dtype", ["float64", "float16"])
-@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize(("dtype", "masters"), [("float64", False), ("float16", False), ("float16", True)])
 def test_catching_up_in_other_precisions(name, dtype, masters):
     pair = Pair(table.row(name), dtype=dtype, multi_precision=masters)
     for n in range(4):
@@ -187,6 +186,34 @@ def test_moving_in_the_middle(there):
         pair.check()
         pair.flush()
         pair.check()
+
+
+@pytest.mark.parametrize("name", ["nag", "groupadagrad"])
+@pytest.mark.parametrize("mode", ["lazy", "dense", "exact"])
+def test_what_is_warmed_up(name, mode, monkeypatch):
+    """Whatever a trainer launches is among what `warmup` compiles."""
+    from numba_opt.kernels import cuda as loops
+    from numba_opt.warmup import _instances, cuda_kernels
+
+    row, used = table.row(name), set()
+    monkeypatch.setattr(cuda_host.Launch, "__call__", lambda launch, stream: used.add(launch.kernel.key))
+    call = table.make(row, [SHAPE] * 3)
+    optimizer = table.build(row, sparse_update=mode)
+    trainer = numba_opt.Trainer(cuda_host.on_gpu(call.weights), optimizer, clip_global_norm=1.0)
+    for index in ("int32", "int64"):
+        rows = block([1, 2] * 7)
+        rows.rows = rows.rows.astype(index)
+        distinct = on_gpu(block([1, 2]), distinct=True)
+        trainer.step([on_gpu(rows), on_gpu(csr(index=index)), distinct])
+    for _ in range(3):
+        trainer.accumulate(cuda_host.on_gpu(call.grads))
+    trainer.step()
+    trainer.flush()
+    made = cuda_kernels(_instances(optimizer), ["f4"], sparse=True)
+    ready = {getattr(loops, kernel)(*args).key for kernel, *args in made}
+    assert used <= ready
+    exact = {"late", "record", "forget"}
+    assert {key[0] for key in used} & exact == (exact if mode == "exact" else set())
 
 
 def test_a_new_state_owes_nothing():

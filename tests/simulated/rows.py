@@ -330,6 +330,18 @@ def test_every_row_but_strays():
     table.assert_near(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()), 1e-6)
 
 
+def test_another_mode_from_now_on():
+    row = table.row("adamax")
+    call = table.make(row, [SHAPE])
+    gpu, cpu = table.build(row, wd=0.1), table.build(row, wd=0.1)
+    weights, states, grad = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states), on_gpu(block())
+    for mode in ("lazy", "dense", "lazy"):
+        gpu.sparse_update = cpu.sparse_update = mode
+        gpu.update([0], weights, [grad], states)
+        cpu.update([0], call.weights, [block()], call.states)
+        table.assert_bits(cuda_host.on_cpu([weights, states]), table.outputs(call))
+
+
 # ---------------------------------------------------------------- errors
 
 
