@@ -150,6 +150,20 @@ def test_squares(made, code):
     assert found.registers <= 64
 
 
+def test_what_warps_and_blocks_wait_for():
+    """A row's state is written before the next of its steps reads it; a block sorts in its own memory."""
+    from numba_opt.kernels import cuda, cuda_code
+
+    rule = table.build(table.row("groupadagrad"))._rule()
+    late = cuda_code.ptx(cuda.late(*rule, "f4 f4", "csr i4 f4"), (9, 0))
+    assert late.count("bar.warp.sync") >= 2
+    assert "vote.sync.all" in late
+    keys = cuda_code.ptx(cuda.keys("i8"), (9, 0))
+    assert "bar.sync" in keys
+    assert "ld.shared" in keys
+    assert "st.shared" in keys
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -513,7 +513,11 @@ def _gather_keys(code: str, real: Any) -> Any:
 
 
 def _by_csr(code: str, place: str, real: Any, every: bool = False) -> Any:
-    """Gradients in the entries of a CSR matrix. With `every`, rows that have none get zero."""
+    """Gradients in the entries of a CSR matrix. With `every`, rows that have none get zero.
+
+    A warp reads the columns of a row's n entries once, to see whether they rise. Each of the row's elements
+    then reads some log2(n) of them, or all n if they do not.
+    """
     size, wide = SIZES[code], SIZES[place]
 
     @register_jitable
