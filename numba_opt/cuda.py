@@ -13,7 +13,7 @@ the weights are theirs, else the default stream, or the one that `on` names.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from operator import methodcaller
 from typing import Any, NamedTuple
@@ -618,8 +618,8 @@ class Found(NamedTuple):
     bound: device.Bound
     parts: dict[int, cuda_sparse.Parts]  # of sparse gradients, by position among those
     made_on: set[int]  # streams on which arrays are said to be in the making
-    stamps: dict[int, View]  # and histories, by position, where rows catch up exactly
-    histories: dict[int, cuda_history.History]
+    stamps: Mapping[int, View] = {}  # and histories, by position, where rows catch up exactly
+    histories: Mapping[int, cuda_history.History] = {}
 
     def late(self, t: int) -> tuple[int, int]:
         """Where a tensor's stamps and history are, if it has any."""

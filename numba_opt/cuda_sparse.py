@@ -59,7 +59,7 @@ def arrays_of(grad: Any) -> list[Any]:
     return [getattr(grad, name, None) for name in ("data", "indices", "indptr")]
 
 
-def parts_of(grad: Any, weight: View, what: str, mode: str) -> Parts:
+def parts_of(grad: Any, weight: View, what: str, mode: str = "lazy") -> Parts:
     """What a sparse gradient says, as far as the host can know it, for an update of that `mode`.
 
     Raises
