@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cuda_sparse, device, execution
-from .cuda_arrays import View, address_of, current_stream, kernels, kind_of, look, on
+from . import cuda_history, cuda_sparse, device, execution, interrupts
+from .cuda_arrays import View, address_of, current_stream, kernels, kind_of, look, on, place
 from .errors import CudaUnavailableError
 from .kernels import ndarray
 
@@ -131,6 +131,16 @@ class Hyper:
         return out
 
 
+class NoHyper(NamedTuple):
+    """What stands for a buffer where kernels need none."""
+
+    address: int = 0
+    room: int = 0
+
+
+NO_HYPER = NoHyper()
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -145,6 +155,8 @@ class Table(NamedTuple):
     squares: Any
     by_warps: tuple[bool, bool]  # whether warps take the units of these, and not blocks
     sparse: Sequence[cuda_sparse.Parts] = ()  # the tensors' gradients, if they are sparse
+    late: Any = None  # the kernel that comes before, if rows catch up
+    record: Any = None  # and the one that comes after
 
     def like(self, other: Table) -> bool:
         """Whether it can be where another one was."""
@@ -167,43 +179,63 @@ def dense_table(rule: execution.Rule, table: device.Table) -> Table:
     return Table(table.layout, table.members.tolist(), table.addresses, lines, kernel, squares, by_warps)
 
 
-def row_tables(
-    rule: execution.Rule, bound: device.Bound, parts: Mapping[int, cuda_sparse.Parts]
-) -> Iterator[Table]:
+def row_tables(rule: execution.Rule, found: Found) -> Iterator[Table]:
     """The tables of sparse gradients, one for all that are alike."""
-    loops, columns = kernels().loops, bound.found.bytes.shape[1]
+    loops, bound, parts = kernels().loops, found.bound, found.parts
     groups: dict[tuple[str, str], list[int]] = {}
     for t, part in parts.items():
-        layout = device.own_layout(int(bound.found.codes[t]), columns, rule.n_state, bound.stored)
-        groups.setdefault((part.form, layout), []).append(t)
+        groups.setdefault((part.updating[0], found.layout(t, rule)), []).append(t)
     for (form, layout), members in groups.items():
-        entries, units = [], []
+        entries, units, sums = [], [], []
         for t in members:
             arrays = bound.found.addresses[t]
             own, (number, width) = arrays[1 : 1 + len(layout.split())].tolist(), arrays[-3:-1].tolist()
-            entries.append([*parts[t].head(bound.arrays[1][t].shape[0], keys=0), *own, number, width, 0])
-            units.append(parts[t].units if width else 0)
+            head = parts[t].head(bound.arrays[1][t].shape[0], 0, found.late(t))
+            entries.append([*head, *own, number, width, 0])
+            units.append(parts[t].updating[1] if width else 0)
+            sums.append(parts[t].units if width else 0)
         line = device.line(np.array(units))
+        lines = np.stack([line, line, device.line(np.array(sums))])
         kernel = loops.rows(*rule, layout, form)
-        squares = loops.row_squares(layout.split()[0], form)
+        squares = loops.row_squares(layout.split()[0], parts[members[0]].form)
         words = np.array(entries, np.uint64)
-        sparse = [parts[t] for t in members]
-        yield Table(
-            f"{form}: {layout}", members, words, np.stack([line] * 3), kernel, squares, (True, True), sparse
-        )
+        table = Table(f"{form}: {layout}", members, words, lines, kernel, squares, (True, True))
+        if found.histories:
+            record = loops.record(3 + rule.n_hyper + 2 * ("s" in layout), layout.split()[0])
+            table = table._replace(late=loops.late(*rule, layout, form), record=record)
+        yield table._replace(sparse=[parts[t] for t in members])
+
+
+def late_tables(rule: execution.Rule, found: Found, late: Sequence[int]) -> Iterator[Table]:
+    """The tables of tensors whose rows are all to catch up."""
+    loops = kernels().loops
+    groups: dict[str, list[int]] = {}
+    for t in late:
+        groups.setdefault(found.layout(t, rule), []).append(t)
+    for layout, members in groups.items():
+        entries, units = [], []
+        for t in members:
+            arrays = found.bound.found.addresses[t]
+            own, (number, width) = arrays[1 : 1 + len(layout.split())].tolist(), arrays[-3:-1].tolist()
+            height = int(found.bound.found.sizes[t]) // max(width, 1)
+            entries.append([0, 0, 0, 0, height, 0, *found.late(t), *own, number, width, 0])
+            units.append(height)
+        kernel = loops.late(*rule, layout, f"none {layout.split()[0]}")
+        lines, words = np.stack([device.line(np.array(units))] * 3), np.array(entries, np.uint64)
+        yield Table(f"late: {layout}", members, words, lines, kernel, None, (True, True))
 
 
 class Placed:
     """A table in the device's memory, with the launches that take it."""
 
-    def __init__(self, gpu: Any, hyper: Hyper, table: Table) -> None:
+    def __init__(self, gpu: Any, hyper: Hyper | NoHyper, table: Table) -> None:
         self._gpu, self._hyper = gpu, hyper
         self._mirror = Mirror(gpu, table.entries.size + table.lines.size)
         self._keys = Scratch(gpu)
         self._which: list[int] = []
         self.table = table
         self.sorting: list[Any] = []  # launches, before those that sum squares
-        self.launch: Any = None
+        self.updates: list[Any] = []  # the launches that change weights, in order
 
     def take(self, table: Table) -> None:
         """Have another one like it."""
@@ -216,10 +248,11 @@ class Placed:
 
     def _sort(self, entry: np.ndarray, parts: cuda_sparse.Parts, place: int) -> int:
         """Have a gradient's keys sorted, in memory for twice as many; says where they are then."""
-        loops, count, run = kernels().loops, parts.units, 1
+        loops, count = kernels().loops, parts.units
         source, target = place, place + 8 * count
         first = (int(entry[1]), count, int(entry[4]), source)
-        self.sorting.append(self._over(loops.keys(parts.integers), count, first))
+        run = loops.RUN
+        self.sorting.append(self._over(loops.keys(parts.integers), -(-count // run), first, False))
         while run < count:
             self.sorting.append(self._over(loops.merge(), count, (source, count, run, target)))
             source, target, run = target, source, 2 * run
@@ -240,9 +273,14 @@ class Placed:
             words = [self.table.entries.view(np.int64).ravel(), self.table.lines.ravel()]
             self._mirror.write(np.concatenate(words), stream)
             self._which = which
-        units = int(self.table.lines[1, -1])
-        arguments = (*self._arguments(1), self._hyper.address, self._hyper.room)
-        self.launch = self._over(self.table.kernel, units, arguments, self.table.by_warps[0])
+        units, table = int(self.table.lines[1, -1]), self.table
+        buffer = (self._hyper.address, self._hyper.room)
+        arguments = (*self._arguments(1), *buffer)
+        chosen = [table.late, table.kernel] if table.late else [table.kernel]
+        self.updates = [self._over(kernel, units, arguments, table.by_warps[0]) for kernel in chosen]
+        if table.record:
+            first, columns, *_, tensors = arguments[:5]
+            self.updates.append(self._over(table.record, tensors, (first, columns, tensors, *buffer)))
 
     def _arguments(self, line: int) -> tuple[int, ...]:
         """The table, its columns, the lines, and how many tensors there are."""
@@ -255,6 +293,11 @@ class Placed:
     def sums(self) -> int:
         """How many sums of squares of the gradients there are."""
         return int(self.table.lines[2, -1])
+
+    def forget(self) -> Any:
+        """The launch after which the tensors' histories begin anew."""
+        first, columns, *_, tensors = self._arguments(1)
+        return self._over(kernels().loops.forget(), tensors, (first, columns, tensors))
 
     def squares(self, partial: int) -> Any:
         """The launch that sums the squares of the gradients, for each unit."""
@@ -278,11 +321,12 @@ class Part:
         self._partial = Scratch(gpu)
         self._launches: list[Any] = []
         self._with_norm: list[Any] = []  # the same, with the norm of the gradients
+        self._late: list[Placed] = []
 
     def hold(self, found: Found, weight: Any) -> None:
         """Take other arrays."""
         tables = [dense_table(self.rule, table) for table in found.bound.tables]
-        tables += row_tables(self.rule, found.bound, found.parts)
+        tables += row_tables(self.rule, found)
         before, self.placed = self.placed, []
         for table in tables:
             placed = next((old for old in before if old.table.like(table)), None)
@@ -309,6 +353,47 @@ class Part:
             table.addresses[:, 0] = survey.addresses[table.members, 0]
         self.hold(found, self.weight())
         return True
+
+    def catch_up(self, late: Sequence[int], stream: int) -> None:
+        """Let all rows of some tensors take the steps that they have not."""
+        found = self._found
+        if not late or found is None:
+            return
+        before, self._late = self._late, []
+        for table in late_tables(self.rule, found, late):
+            placed = next((old for old in before if old.table.like(table)), None)
+            self._late.append(placed or Placed(self.gpu, NO_HYPER, table))
+            self._late[-1].take(table)
+            self._late[-1].place([0] * len(table.members), stream)
+            for launch in (*self._late[-1].updates, self._late[-1].forget()):
+                launch(stream)
+        for t in late:
+            found.histories[t].recorded = 0
+
+    def due(self) -> list[int]:
+        """Tensors whose rows are all to catch up before the next step."""
+        assert self._found is not None
+        parts, histories = self._found.parts, self._found.histories
+        return [t for t, h in histories.items() if h.recorded and (t not in parts or h.recorded == h.room)]
+
+    def behind(self) -> list[int]:
+        """Tensors of which some rows may not have taken every step."""
+        assert self._found is not None
+        return [t for t, history in self._found.histories.items() if history.recorded]
+
+    def recorded(self) -> None:
+        """A step is about to be launched."""
+        assert self._found is not None
+        for t in self._found.parts.keys() & self._found.histories.keys():
+            self._found.histories[t].recorded += 1
+
+    def follow(self, stream: int) -> None:
+        """Let a stream wait for those that used the histories last."""
+        histories = [] if self._found is None else self._found.histories.values()
+        for other in {history.stream for history in histories} - {None, stream}:
+            self.gpu.after(stream, other)
+        for history in histories:
+            history.stream = stream
 
     def give_up(self) -> Any:
         """All that launches have the addresses of, which it will not use again."""
@@ -347,7 +432,7 @@ class Part:
     def _launches_of(self, between: list[Any]) -> list[Any]:
         """All that is launched in a step: something comes between sorting and updates."""
         sorting = [launch for placed in self.placed for launch in placed.sorting]
-        return [*sorting, *between, *(placed.launch for placed in self.placed)]
+        return [*sorting, *between, *(launch for placed in self.placed for launch in placed.updates)]
 
     def ready(self, which: Sequence[int], norm: Norm | None) -> bool:
         """Whether all is in place, but for the values of hyper-parameters."""
@@ -391,24 +476,29 @@ class Prepared:
         self.parts: list[Part] = []
         self._parts: dict[int, Part] = {}  # of devices
         self._known: list[Known] = []  # the columns that it is ready for
-        self._stored: Any = None  # how their states are, and the numbers that parameters have
+        self._asked: Any = None  # of their states and of sparse gradients, and where histories are
         self._kinds: list[Any] = []  # of the gradients
         self._captured: list[tuple[Hyper, int, Part]] = []
         self._captured_which: list[int] = []
         self._kept: list[Any] = []  # what graphs have the addresses of
+        self._exact = False  # whether rows catch up
 
     def take(self, request: device.Request, grads: Sequence[Any] | None = None) -> None:
         """Be ready for a request's arrays, or other gradients; nothing is launched. Errors as in `bind`."""
-        rest = request.columns[1:]
         grads = request.columns[0] if grads is None else grads
+        rest = [*request.columns[1:]]
+        if request.stamps:
+            rest.append([*request.stamps.values()])
+        histories = [history.address for history in request.histories.values()]
         known, self._known = self._known, []
-        before, self._stored = self._stored, (request.stored, request.numbers)
-        same = bool(known) and self._stored == before and all(map(Known.same, known[1:], rest))
+        before, self._asked = self._asked, (request.stored, request.numbers, request.sparse, histories)
+        self._exact = bool(histories)
+        same = bool(known) and self._asked == before and all(map(Known.same, known[1:], rest))
         if same and known[0].same(grads):
             self._known = known
             return
         if not (same and self._take_gradients(grads)):
-            self._take_all(request._replace(columns=[grads, *rest]))
+            self._take_all(request._replace(columns=[grads, *request.columns[1:]]))
         try:
             self._known = [Known(grads), *(known[1:] if same else map(Known, rest))]
         except (TypeError, AttributeError):  # no telling whether an object is still the same
@@ -449,20 +539,35 @@ class Prepared:
         if any(captured):
             if not graphs:
                 raise RuntimeError("only a step of a Trainer can be captured in a CUDA graph")
+            if self._exact:
+                raise RuntimeError("a step with sparse_update='exact' cannot be captured in a CUDA graph")
             if not all(captured) or not all(part.ready(which, norm) for part in self.parts):
                 raise RuntimeError(UNPREPARED)
             self._captured = [(part.hyper, part.hyper.address, part) for part in self.parts]
             self._captured_which = list(which)
         rows = np.asarray(hyper, np.float64)
-        for part, stream, kept in zip(self.parts, streams, captured, strict=True):
-            with part.gpu.current():
-                if not kept:
-                    part.write(rows, which, norm, stream)
-                part.launch(norm, stream)
+        with interrupts.held_back() if self._exact else nullcontext():
+            for part, stream, kept in zip(self.parts, streams, captured, strict=True):
+                with part.gpu.current():
+                    if not kept:
+                        part.write(rows, which, norm, stream)
+                    if self._exact:
+                        part.follow(stream)
+                        part.catch_up(part.due(), stream)
+                        part.recorded()
+                    part.launch(norm, stream)
         if any(captured):  # the graph has the tables for itself: later steps make others
             self._kept += [part.give_up() for part in self.parts]
             self._known = []
         return not any(captured)
+
+    def flush(self) -> None:
+        """Bring all rows up to date."""
+        with interrupts.held_back():
+            for part in self.parts:
+                with part.gpu.current():
+                    part.follow(part.stream())
+                    part.catch_up(part.behind(), part.stream())
 
     def refresh(self, hyper: Any, which: Sequence[int], norm: Norm | None) -> None:
         """Have hyper-parameters in place for the step that was captured last."""
@@ -542,6 +647,17 @@ class Found(NamedTuple):
     bound: device.Bound
     parts: dict[int, cuda_sparse.Parts]  # of sparse gradients, by position among those
     made_on: set[int]  # streams on which arrays are said to be in the making
+    stamps: Mapping[int, View] = {}  # and histories, by position, where rows catch up exactly
+    histories: Mapping[int, cuda_history.History] = {}
+
+    def late(self, t: int) -> tuple[int, int]:
+        """Where a tensor's stamps and history are, if it has any."""
+        return (place(self.stamps[t].shadow), self.histories[t].address) if t in self.histories else (0, 0)
+
+    def layout(self, t: int, rule: execution.Rule) -> str:
+        """How a tensor's own arrays are laid out."""
+        survey = self.bound.found
+        return device.own_layout(int(survey.codes[t]), survey.bytes.shape[1], rule.n_state, self.bound.stored)
 
 
 def bind(request: device.Request) -> list[Found]:
@@ -558,9 +674,12 @@ def bind(request: device.Request) -> list[Found]:
     for t, grad in given.items():
         weight = views[1][t]
         assert weight is not None
-        parts[t] = cuda_sparse.parts_of(grad, weight, f"gradient of {request.label(t)}")
+        parts[t] = cuda_sparse.parts_of(grad, weight, f"gradient of {request.label(t)}", request.sparse)
     apart = {t: [view.shadow for view in part.views] for t, part in parts.items()}
     request = request._replace(apart={**request.apart, **apart})
+    stamps = {t: look(marks, f"stamps of {request.label(t)}") for t, marks in request.stamps.items()}
+    for t, view in stamps.items():
+        _check_device(view, views[1][t], f"stamps of {request.label(t)}")
     where = [view.device for view in views[1] if view is not None]
     found = []
     for number in sorted(set(where)):
@@ -568,9 +687,14 @@ def bind(request: device.Request) -> list[Found]:
         own = [[column[t] for t in members] for column in views]
         held = [view for column in own for view in column if view is not None]
         here = {k: parts[t] for k, t in enumerate(members) if t in parts}
+        marks = {k: stamps[t] for k, t in enumerate(members) if t in stamps}
+        histories = {k: request.histories[t] for k, t in enumerate(members) if t in request.histories}
         held += [view for part in here.values() for view in part.views]
-        bound = device.bind(_shadows(request, own, members))
-        found.append(Found(number, members, bound, here, {view.stream for view in held if view.stream}))
+        held += marks.values()
+        own_request = _shadows(request, own, members)
+        bound = device.bind(own_request._replace(stamps={k: view.shadow for k, view in marks.items()}))
+        made_on = {view.stream for view in held if view.stream}
+        found.append(Found(number, members, bound, here, made_on, marks, histories))
     return found
 
 
@@ -604,12 +728,17 @@ def _views(request: device.Request) -> list[list[View | None]]:
     ]
     for name, column in zip(names, views, strict=True):
         for t, (view, weight) in enumerate(zip(column, views[1], strict=True)):
-            if view is not None and weight is not None and view.device != weight.device and view.shadow.size:
-                raise ValueError(
-                    f"{name} of {request.label(t)} is on CUDA device {view.device}; "
-                    f"expected device {weight.device}, as the weight"
-                )
+            if view is not None:
+                _check_device(view, weight, f"{name} of {request.label(t)}")
     return views
+
+
+def _check_device(view: View, weight: View | None, what: str) -> None:
+    """Refuse an array that is not where its weight is."""
+    if weight is not None and view.device != weight.device and view.shadow.size:
+        raise ValueError(
+            f"{what} is on CUDA device {view.device}; expected device {weight.device}, as the weight"
+        )
 
 
 def _shadows(request: device.Request, views: list[list[View | None]], members: list[int]) -> device.Request:
