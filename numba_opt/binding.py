@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import cuda, execution
+from .cuda_memory import Norm
 from .kernels import ndarray, threads
 
 if TYPE_CHECKING:
@@ -167,12 +168,12 @@ class CudaBinding(Binding):
         else:
             trainer._captured = self
 
-    def norm(self, trainer: Trainer) -> cuda.Norm | None:
+    def norm(self, trainer: Trainer) -> Norm | None:
         """What the trainer asks for of the norm of all gradients."""
         if not trainer._wants_norm:
             return None
         limit = math.inf if trainer.clip_global_norm is None else trainer.clip_global_norm
-        return cuda.Norm(limit, trainer.skip_nonfinite)
+        return Norm(limit, trainer.skip_nonfinite)
 
     def advance(self, trainer: Trainer, rescale: float) -> None:
         """Count a step that a graph is about to make, and have its hyper-parameters ready for it."""
@@ -183,11 +184,13 @@ class CudaBinding(Binding):
 
     def skipped(self) -> int:
         """How many steps the device has left out; waits for it."""
-        return int(self.prepared.told()[cuda.SKIPPED])
+        skipped: int = self.prepared.skipped()
+        return skipped
 
     def strayed(self) -> bool:
         """Whether rows led outside; waits for the device."""
-        return bool(self.prepared.told()[cuda.STRAY])
+        strayed: bool = self.prepared.strayed()
+        return strayed
 
 
 @dataclass

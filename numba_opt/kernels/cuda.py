@@ -23,6 +23,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda.extending import register_jitable
 
+from .cuda_buffer import GUARD, HEAD, LIMIT, OUT, RESCALE, ROOM, SKIP, SKIPPED, STRAY
 from .cuda_elements import (
     ACCESS,
     SIZES,
@@ -46,15 +47,6 @@ THREADS = 256
 WARP = 32
 WARPS = 4  # in a block that updates rows
 SUMS = THREADS // WARP  # of warps, that a block adds
-
-# A buffer of hyper-parameters begins with what kernels say, in OUT words. Then come three parts of the same
-# length: float64 as given, float64 as used, float32 as used. Each one has HEAD numbers and the rows.
-OUT, HEAD = 4, 4
-# float64: whether to change nothing; the norm; how many steps were skipped; whether a row led outside
-SKIP, NORM, SKIPPED, STRAY = range(4)
-# The limit of the norm; what gradients are multiplied by; whether to skip non-finite ones.
-LIMIT, RESCALE, GUARD = range(3)
-ROOM = 16  # numbers that one launch of `set_hyper` writes
 
 RUN = 1024  # keys that a block sorts, in 16 KiB: 100,000 take 8 launches (from runs of one key, 18)
 
@@ -154,10 +146,56 @@ def over_block(number):
 
 
 @register_jitable
+def first_chunk():
+    """The first unit of a block that takes chunks, and how many blocks there are."""
+    return np.int64(cuda.blockIdx.x), np.int64(cuda.gridDim.x)
+
+
+@register_jitable
 def first_row():
     """The first unit of a warp that takes rows, and how many warps there are."""
     warps = np.int64(cuda.blockDim.x // WARP)
     return cuda.blockIdx.x * warps + cuda.threadIdx.x // WARP, cuda.gridDim.x * warps
+
+
+def over(first: Callable[..., Any], visit: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop over those units of the long line that are this block's or warp's: ``loop(table, ..., x)``.
+
+    ``visit(entry, columns, t, k, unit, x)`` gets the row of the table of a unit's tensor, that tensor's
+    number, the unit's number among those of the tensor, and among all.
+    """
+    visit = register_jitable(visit)
+
+    @register_jitable
+    def loop(table, columns, starts, tensors, x):
+        units = number_at(starts, tensors)
+        unit, stride = first()
+        while unit < units:
+            t = tensor_at(starts, tensors, unit)
+            visit(table + 8 * columns * t, columns, t, unit - number_at(starts, t), unit, x)
+            unit += stride
+
+    return loop
+
+
+def updates(first: Callable[..., Any], visit: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that updates units, unless the step is to be skipped; `x` is what `over` does not take."""
+    loop = over(first, visit)
+
+    def kernel(table, columns, offsets, starts, tensors, hyper, room):
+        if number_at(hyper, SKIP) == 0:
+            loop(table, columns, starts, tensors, (offsets, hyper, room))
+
+    kernel.__qualname__ = visit.__qualname__  # which is what profilers show
+    return kernel
+
+
+@register_jitable
+def elements_of(offsets, t, chunk):
+    """The first element of a tensor's chunk, and how many it has."""
+    first = chunk * CHUNK
+    left = number_at(offsets, t + 1) - number_at(offsets, t) - first
+    return first, u4(min(left, CHUNK))
 
 
 def for_each(lanes: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,38 +217,15 @@ def sum_of(lanes: int) -> Callable[..., Any]:
     return register_jitable(lambda a: half(a[:middle]) + half(a[middle:]))
 
 
-def hyper_row(rule: Callable[..., Any], n_state: int, per_row: bool, own: str) -> tuple[Any, int]:
-    """What makes a row of hyper-parameters, found at an address, what a rule is given; and its bytes.
-
-    ``at(address, number)``: the hyper-parameters, three that all have and the rule's own; and the key of what
-    is left to chance, if anything is, for the first element of the tensor with that number.
-    """
-    code, by_chance = compute_code(own.split()[0]), "s" in own
-    count = 3 + rule.__code__.co_argcount - 2 - n_state - int(per_row)
-    length = count + 2 * by_chance
-
-    @register_jitable
-    def key(h, tensor):
-        return key_of(h[count], h[count + 1], tensor)
-
-    @register_jitable
-    def no_key(h, tensor):
-        return u4(0)
-
-    key_for = key if by_chance else no_key
-
-    @register_jitable
-    def at(address, number):
-        h = numbers(address, code, length)
-        return h[:count], key_for(h, number)
-
-    return at, SIZES[code] * length
+def length_of(rule: Callable[..., Any], n_state: int, per_row: bool, own: str) -> int:
+    """The length of a rule's row of hyper-parameters, with what chance is drawn from, if anything is."""
+    return 3 + rule.__code__.co_argcount - 2 - n_state - int(per_row) + 2 * ("s" in own)
 
 
 def place_of_row(weight: str) -> Callable[..., Any]:
     """Where a tensor's row of hyper-parameters is: ``place(hyper, room, entry, columns)``.
 
-    From its row of the table, and in the buffer, whose parts have room for so many numbers.
+    In the buffer, whose parts have room for so many numbers, and from its row of the table.
     """
     code = compute_code(weight)
     size, parts = SIZES[code], 1 if code == "f8" else 2
@@ -223,14 +238,46 @@ def place_of_row(weight: str) -> Callable[..., Any]:
 
 
 def reader(rule: Callable[..., Any], n_state: int, per_row: bool, own: str) -> Callable[..., Any]:
-    """What reads all that a rule is given but elements: ``read(hyper, room, entry, columns)``."""
-    (at, _), place = hyper_row(rule, n_state, per_row, own), place_of_row(own.split()[0])
+    """What reads all that a rule is given but elements: ``read(hyper, room, entry, columns)``.
+
+    From the buffer, whose parts have room for so many numbers, and from a tensor's row of the table; see
+    `reader_at`.
+    """
+    read_at, place = reader_at(rule, n_state, per_row, own), place_of_row(own.split()[0])
 
     @register_jitable
     def read(hyper, room, entry, columns):
-        return at(place(hyper, room, entry, columns), number_at(entry, columns - 3))
+        return read_at(place(hyper, room, entry, columns), entry, columns)
 
     return read
+
+
+def reader_at(rule: Callable[..., Any], n_state: int, per_row: bool, own: str) -> Callable[..., Any]:
+    """What reads a row of hyper-parameters at an address: ``read_at(place, entry, columns)``.
+
+    The result is the hyper-parameters, three that all have and the rule's own, and the key of what is left to
+    chance, if anything is, for the first element of the tensor that has that row of the table.
+    """
+    code, by_chance = compute_code(own.split()[0]), "s" in own
+    length = length_of(rule, n_state, per_row, own)
+    count = length - 2 * by_chance
+
+    @register_jitable
+    def key(h, tensor):
+        return key_of(h[count], h[count + 1], tensor)
+
+    @register_jitable
+    def no_key(h, tensor):
+        return u4(0)
+
+    key_for = key if by_chance else no_key
+
+    @register_jitable
+    def read_at(place, entry, columns):
+        h = numbers(place, code, length)
+        return h[:count], key_for(h, number_at(entry, columns - 3))
+
+    return read_at
 
 
 @register_jitable
@@ -387,8 +434,8 @@ def dense(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) ->
     tensors' first elements on the CPU's long line, and their first units on this one; the buffer of
     hyper-parameters.
     """
-    make = _row_kernel if per_row else _element_kernel
-    return Kernel(make(rule, n_state, layout), ("dense", rule, n_state, per_row, layout), 7)
+    kernel = (_row_kernel if per_row else _element_kernel)(rule, n_state, layout)
+    return Kernel(kernel, ("dense", rule, n_state, per_row, layout), 7)
 
 
 def _element_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
@@ -397,23 +444,14 @@ def _element_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Call
     read = reader(rule, n_state, False, own)
     update = walk(code, own, updating(rule, end, own))
 
-    def kernel(table, columns, offsets, starts, tensors, hyper, room):
-        if number_at(hyper, SKIP) != 0:
-            return
-        chunks = number_at(starts, tensors)
-        chunk = np.int64(cuda.blockIdx.x)
-        while chunk < chunks:
-            t = tensor_at(starts, tensors, chunk)
-            entry = table + 8 * columns * t
-            first = (chunk - number_at(starts, t)) * CHUNK
-            left = number_at(offsets, t + 1) - number_at(offsets, t) - first
-            array = moved(numbers(entry, "i8", n_array), layout, first)
-            x = further(read(hyper, room, entry, columns), first)
-            thread, stride = u4(cuda.threadIdx.x), u4(cuda.blockDim.x)
-            update(array[:1], array[1:], u4(min(left, CHUNK)), thread, stride, x)
-            chunk += cuda.gridDim.x
+    def chunk(entry, columns, t, k, unit, x):
+        offsets, hyper, room = x
+        first, count = elements_of(offsets, t, k)
+        array = moved(numbers(entry, "i8", n_array), layout, first)
+        given = further(read(hyper, room, entry, columns), first)
+        update(array[:1], array[1:], count, u4(cuda.threadIdx.x), u4(cuda.blockDim.x), given)
 
-    return kernel
+    return updates(first_chunk, chunk)
 
 
 def _row_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[..., Any]:
@@ -422,21 +460,13 @@ def _row_kernel(rule: Callable[..., Any], n_state: int, layout: str) -> Callable
     read = reader(rule, n_state, True, own)
     step = row_step(rule, n_state, True, own, code)
 
-    def kernel(table, columns, offsets, starts, tensors, hyper, room):
-        if number_at(hyper, SKIP) != 0:
-            return
-        rows = number_at(starts, tensors)
-        row, stride = first_row()
-        while row < rows:
-            t = tensor_at(starts, tensors, row)
-            entry = table + 8 * columns * t
-            r, width = row - number_at(starts, t), number_at(entry, columns - 2)
-            array = numbers(entry, "i8", n_array)
-            x = read(hyper, room, entry, columns)
-            step(moved(array[:1], code, r * width), array[1:], r, width, x)
-            row += stride
+    def row(entry, columns, t, r, unit, x):
+        _, hyper, room = x
+        width, array = number_at(entry, columns - 2), numbers(entry, "i8", n_array)
+        given = read(hyper, room, entry, columns)
+        step(moved(array[:1], code, r * width), array[1:], r, width, given)
 
-    return kernel
+    return updates(first_row, row)
 
 
 @functools.cache
@@ -463,25 +493,17 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
         gather = as_dense(gather, weight)
     step = row_step(rule, n_state, per_row, layout, code, gather)
 
-    def kernel(table, columns, offsets, starts, tensors, hyper, room):
-        if number_at(hyper, SKIP) != 0:
-            return
-        units = number_at(starts, tensors)
-        unit, stride = first_row()
-        while unit < units:
-            t = tensor_at(starts, tensors, unit)
-            entry = table + 8 * columns * t
-            width = number_at(entry, columns - 2)
-            head = numbers(entry, "i8", HEADER)
-            row, source = source_of(head, unit - number_at(starts, t), width)
-            if row == STRAYED:
-                put(hyper + 8 * STRAY, "f8", (1.0,))
-            elif row != NOTHING:
-                x = read(hyper, room, entry, columns)
-                step(source, numbers(entry + 8 * HEADER, "i8", n_array), row, width, x)
-            unit += stride
+    def visit(entry, columns, t, k, unit, x):
+        _, hyper, room = x
+        width = number_at(entry, columns - 2)
+        row, source = source_of(numbers(entry, "i8", HEADER), k, width)
+        if row == STRAYED:
+            put(hyper + 8 * STRAY, "f8", (1.0,))
+        elif row != NOTHING:
+            given = read(hyper, room, entry, columns)
+            step(source, numbers(entry + 8 * HEADER, "i8", n_array), row, width, given)
 
-    return Kernel(kernel, ("rows", rule, n_state, per_row, layout, form), 7)
+    return Kernel(updates(first_row, visit), ("rows", rule, n_state, per_row, layout, form), 7)
 
 
 NOTHING, STRAYED = -1, -2  # instead of the number of a row
@@ -635,7 +657,8 @@ def late(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     kind, *index, code = form.split()
     n_array, weight, flushing = len(layout.split()), layout.split()[0], kind == "none"
     source_of, _ = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
-    real, (at, size) = real_of(weight), hyper_row(rule, n_state, per_row, layout)
+    real, read_at = real_of(weight), reader_at(rule, n_state, per_row, layout)
+    size = SIZES[compute_code(weight)] * length_of(rule, n_state, per_row, layout)
     zero = register_jitable(lambda source, j: ((real(0),),))
     step = row_step(rule, n_state, per_row, layout, code, zero)
 
@@ -655,7 +678,7 @@ def late(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
                 recorded = number_at(history, 0)
                 q = max(number_at(stamp, 0), 0)
                 while q < recorded:
-                    x = at(history + COUNT + size * q, number_at(entry, columns - 3))
+                    x = read_at(history + COUNT + size * q, entry, columns)
                     step(source, numbers(entry + 8 * HEADER, "i8", n_array), row, width, x)
                     meet()  # a row's state is written by one thread and read by all
                     q += 1
@@ -795,23 +818,21 @@ def squares(code: str) -> Kernel:
     ``kernel(table, columns, offsets, starts, tensors, partial)`` writes the sum of each chunk, in double
     precision, from the address `partial` on.
     """
-
     of_chunk = walk(code, "", squaring_alone)
 
+    def visit(entry, columns, t, k, unit, x):
+        offsets, partial = x
+        first, count = elements_of(offsets, t, k)
+        array = moved(numbers(entry, "i8", 1), code, first)
+        thread, stride = u4(cuda.threadIdx.x), u4(cuda.blockDim.x)
+        total = over_block(of_chunk(array, array, count, thread, stride, 0))
+        if cuda.threadIdx.x == 0:
+            put(partial + 8 * unit, "f8", (total,))
+
+    loop = over(first_chunk, visit)
+
     def kernel(table, columns, offsets, starts, tensors, partial):
-        chunks = number_at(starts, tensors)
-        chunk = np.int64(cuda.blockIdx.x)
-        while chunk < chunks:
-            t = tensor_at(starts, tensors, chunk)
-            entry = table + 8 * columns * t
-            first = (chunk - number_at(starts, t)) * CHUNK
-            left = number_at(offsets, t + 1) - number_at(offsets, t) - first
-            array = moved(numbers(entry, "i8", 1), code, first)
-            thread, stride = u4(cuda.threadIdx.x), u4(cuda.blockDim.x)
-            total = over_block(of_chunk(array, array, u4(min(left, CHUNK)), thread, stride, 0))
-            if cuda.threadIdx.x == 0:
-                put(partial + 8 * chunk, "f8", (total,))
-            chunk += cuda.gridDim.x
+        loop(table, columns, starts, tensors, (offsets, partial))
 
     return Kernel(kernel, ("squares", code), 6)
 
@@ -827,22 +848,20 @@ def row_squares(weight: str, form: str) -> Kernel:
     source_of, gather = SOURCES[kind](code, index[0] if index else "i8", real_of(weight))
     of_row = walk(code, "", squaring_alone, gather)
 
+    def visit(entry, columns, t, k, unit, x):
+        width = number_at(entry, columns - 2)
+        row, source = source_of(numbers(entry, "i8", HEADER), k, width)
+        thread, total = u4(u4(cuda.threadIdx.x) & u4(WARP - 1)), np.float64(0)
+        if row >= 0:
+            total = of_row(source, source[:1], u4(width), thread, u4(WARP), 0)
+        total = over_warp(total)
+        if thread == 0:
+            put(x[0] + 8 * unit, "f8", (total,))
+
+    loop = over(first_row, visit)
+
     def kernel(table, columns, offsets, starts, tensors, partial):
-        units = number_at(starts, tensors)
-        unit, stride = first_row()
-        thread = u4(u4(cuda.threadIdx.x) & u4(WARP - 1))
-        while unit < units:
-            t = tensor_at(starts, tensors, unit)
-            entry = table + 8 * columns * t
-            width = number_at(entry, columns - 2)
-            row, source = source_of(numbers(entry, "i8", HEADER), unit - number_at(starts, t), width)
-            total = np.float64(0)
-            if row >= 0:
-                total = of_row(source, source[:1], u4(width), thread, u4(WARP), 0)
-            total = over_warp(total)
-            if thread == 0:
-                put(partial + 8 * unit, "f8", (total,))
-            unit += stride
+        loop(table, columns, starts, tensors, (partial,))
 
     return Kernel(kernel, ("row_squares", weight, form), 6)
 
