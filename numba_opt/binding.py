@@ -7,7 +7,7 @@ tables and rows of hyper-parameters anew only where something has changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -43,20 +43,25 @@ class Binding:
         """What holds the tables."""
         return execution.Prepared(self.request)
 
-    def step(self, trainer: Trainer, rescale: float) -> bool:
-        """Update the parameters; False if there was reason to skip that."""
+    def step(self, trainer: Trainer, rescale: float, before: Callable[[], None] | None = None) -> bool:
+        """Update the parameters; False if there was reason to skip that.
+
+        Once all is checked comes what is to happen `before`.
+        """
         try:
-            return self._step(trainer, rescale)
+            return self._step(trainer, rescale, before)
         finally:
             self.grads = self.positions  # the caller's arrays are the caller's again
 
-    def _step(self, trainer: Trainer, rescale: float) -> bool:
+    def _step(self, trainer: Trainer, rescale: float, before: Callable[[], None] | None) -> bool:
         optimizer = trainer.optimizer
         work = self.bind(optimizer)
         scale = self.scale(trainer, work, rescale)
         if scale is None:
             return False
         hyper, after = self.plan(trainer, scale)
+        if before is not None:
+            before()
         self.carry_out(trainer, work, hyper, after)
         return True
 
@@ -115,11 +120,12 @@ class Binding:
         return optimizer._assemble(*optimizer._take_sparse(request), self.stamps, self.positions)
 
     def catch_up(self, optimizer: Optimizer) -> bool:
-        """Ask for states as they are now; whether that has been changed, by a checkpoint perhaps."""
-        stored = optimizer._stored
-        changed: bool = stored != self.request.stored
+        """Ask for what is wanted now; whether that has been changed, by a checkpoint perhaps."""
+        stored, sparse = optimizer._stored, optimizer.sparse_update
+        changed: bool = (stored, sparse) != (self.request.stored, self.request.sparse)
         if changed:
-            self.request = self.request._replace(stored=stored, numbers=optimizer._numbers(self.positions))
+            numbers = optimizer._numbers(self.positions)
+            self.request = self.request._replace(stored=stored, numbers=numbers, sparse=sparse)
         return changed
 
     def regroup(self, optimizer: Optimizer) -> None:
@@ -145,7 +151,10 @@ class CudaBinding(Binding):
 
     def bind(self, optimizer: Optimizer) -> None:
         self.catch_up(optimizer)
-        self.prepared.take(self.request, self.grads)
+        request = self.request
+        if self.stamps:
+            request = optimizer._with_histories(request, self.stamps, self.positions)
+        self.prepared.take(request, self.grads)
 
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float:
         return rescale  # the device does the rest

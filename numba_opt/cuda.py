@@ -13,16 +13,16 @@ the weights are theirs, else the default stream, or the one that `on` names.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cuda_sparse, device, execution
-from .cuda_arrays import View, address_of, current_stream, kernels, kind_of, look, on
-from .cuda_memory import Hyper, Norm, Placed, Scratch, dense_table, row_tables
+from . import cuda_history, cuda_sparse, device, execution, interrupts
+from .cuda_arrays import View, address_of, current_stream, kernels, kind_of, look, on, place
+from .cuda_memory import NO_HYPER, Hyper, Norm, Placed, Scratch, dense_table, late_tables, row_tables
 from .errors import CudaUnavailableError
 from .kernels import ndarray
 from .kernels.cuda_buffer import NORM, SKIPPED, STRAY
@@ -48,11 +48,12 @@ class Part:
         self._partial = Scratch(gpu)
         self._launches: list[Any] = []
         self._with_norm: list[Any] = []  # the same, with the norm of the gradients
+        self._late: list[Placed] = []
 
     def hold(self, found: Found, weight: Any) -> None:
         """Take other arrays."""
         tables = [dense_table(self.rule, table) for table in found.bound.tables]
-        tables += row_tables(self.rule, found.bound, found.parts)
+        tables += row_tables(self.rule, found)
         before, self.placed = self.placed, []
         for table in tables:
             placed = next((old for old in before if old.table.like(table)), None)
@@ -79,6 +80,47 @@ class Part:
             table.addresses[:, 0] = survey.addresses[table.members, 0]
         self.hold(found, self.weight())
         return True
+
+    def catch_up(self, late: Sequence[int], stream: int) -> None:
+        """Let all rows of some tensors take the steps that they have not."""
+        found = self._found
+        if not late or found is None:
+            return
+        before, self._late = self._late, []
+        for table in late_tables(self.rule, found, late):
+            placed = next((old for old in before if old.table.like(table)), None)
+            self._late.append(placed or Placed(self.gpu, NO_HYPER, table))
+            self._late[-1].take(table)
+            self._late[-1].place([0] * len(table.members), stream)
+            for launch in (*self._late[-1].updates, self._late[-1].forget()):
+                launch(stream)
+        for t in late:
+            found.histories[t].recorded = 0
+
+    def due(self) -> list[int]:
+        """Tensors whose rows are all to catch up before the next step."""
+        assert self._found is not None
+        parts, histories = self._found.parts, self._found.histories
+        return [t for t, h in histories.items() if h.recorded and (t not in parts or h.recorded == h.room)]
+
+    def behind(self) -> list[int]:
+        """Tensors of which some rows may not have taken every step."""
+        assert self._found is not None
+        return [t for t, history in self._found.histories.items() if history.recorded]
+
+    def recorded(self) -> None:
+        """A step is about to be launched."""
+        assert self._found is not None
+        for t in self._found.parts.keys() & self._found.histories.keys():
+            self._found.histories[t].recorded += 1
+
+    def follow(self, stream: int) -> None:
+        """Let a stream wait for those that used the histories last."""
+        histories = [] if self._found is None else self._found.histories.values()
+        for other in {history.stream for history in histories} - {None, stream}:
+            self.gpu.after(stream, other)
+        for history in histories:
+            history.stream = stream
 
     def give_up(self) -> Any:
         """All that launches have the addresses of, which it will not use again."""
@@ -117,7 +159,7 @@ class Part:
     def _launches_of(self, between: list[Any]) -> list[Any]:
         """All that is launched in a step: something comes between sorting and updates."""
         sorting = [launch for placed in self.placed for launch in placed.sorting]
-        return [*sorting, *between, *(placed.launch for placed in self.placed)]
+        return [*sorting, *between, *(launch for placed in self.placed for launch in placed.updates)]
 
     def ready(self, which: Sequence[int], norm: Norm | None) -> bool:
         """Whether all is in place, but for the values of hyper-parameters."""
@@ -161,24 +203,29 @@ class Prepared:
         self.parts: list[Part] = []
         self._parts: dict[int, Part] = {}  # of devices
         self._known: list[Known] = []  # the columns that it is ready for
-        self._stored: Any = None  # how their states are, and the numbers that parameters have
+        self._asked: Any = None  # of their states and of sparse gradients, and where histories are
         self._kinds: list[Any] = []  # of the gradients
         self._captured: list[tuple[Hyper, int, Part]] = []
         self._captured_which: list[int] = []
         self._kept: list[Any] = []  # what graphs have the addresses of
+        self._exact = False  # whether rows catch up
 
     def take(self, request: device.Request, grads: Sequence[Any] | None = None) -> None:
         """Be ready for a request's arrays, or other gradients; nothing is launched. Errors as in `bind`."""
-        rest = request.columns[1:]
         grads = request.columns[0] if grads is None else grads
+        rest = [*request.columns[1:]]
+        if request.stamps:
+            rest.append([*request.stamps.values()])
+        histories = [history.address for history in request.histories.values()]
         known, self._known = self._known, []
-        before, self._stored = self._stored, (request.stored, request.numbers)
-        same = bool(known) and self._stored == before and all(map(Known.same, known[1:], rest))
+        before, self._asked = self._asked, (request.stored, request.numbers, request.sparse, histories)
+        self._exact = bool(histories)
+        same = bool(known) and self._asked == before and all(map(Known.same, known[1:], rest))
         if same and known[0].same(grads):
             self._known = known
             return
         if not (same and self._take_gradients(grads)):
-            self._take_all(request._replace(columns=[grads, *rest]))
+            self._take_all(request._replace(columns=[grads, *request.columns[1:]]))
         try:
             self._known = [Known(grads), *(known[1:] if same else map(Known, rest))]
         except (TypeError, AttributeError):  # no telling whether an object is still the same
@@ -219,20 +266,35 @@ class Prepared:
         if any(captured):
             if not graphs:
                 raise RuntimeError("only a step of a Trainer can be captured in a CUDA graph")
+            if self._exact:
+                raise RuntimeError("a step with sparse_update='exact' cannot be captured in a CUDA graph")
             if not all(captured) or not all(part.ready(which, norm) for part in self.parts):
                 raise RuntimeError(UNPREPARED)
             self._captured = [(part.hyper, part.hyper.address, part) for part in self.parts]
             self._captured_which = list(which)
         rows = np.asarray(hyper, np.float64)
-        for part, stream, kept in zip(self.parts, streams, captured, strict=True):
-            with part.gpu.current():
-                if not kept:
-                    part.write(rows, which, norm, stream)
-                part.launch(norm, stream)
+        with interrupts.held_back() if self._exact else nullcontext():
+            for part, stream, kept in zip(self.parts, streams, captured, strict=True):
+                with part.gpu.current():
+                    if not kept:
+                        part.write(rows, which, norm, stream)
+                    if self._exact:
+                        part.follow(stream)
+                        part.catch_up(part.due(), stream)
+                        part.recorded()
+                    part.launch(norm, stream)
         if any(captured):  # the graph has the tables for itself: later steps make others
             self._kept += [part.give_up() for part in self.parts]
             self._known = []
         return not any(captured)
+
+    def flush(self) -> None:
+        """Bring all rows up to date."""
+        with interrupts.held_back():
+            for part in self.parts:
+                with part.gpu.current():
+                    part.follow(part.stream())
+                    part.catch_up(part.behind(), part.stream())
 
     def refresh(self, hyper: Any, which: Sequence[int], norm: Norm | None) -> None:
         """Have hyper-parameters in place for the step that was captured last."""
@@ -320,6 +382,17 @@ class Found(NamedTuple):
     bound: device.Bound
     parts: dict[int, cuda_sparse.Parts]  # of sparse gradients, by position among those
     made_on: set[int]  # streams on which arrays are said to be in the making
+    stamps: Mapping[int, View] = {}  # and histories, by position, where rows catch up exactly
+    histories: Mapping[int, cuda_history.History] = {}
+
+    def late(self, t: int) -> tuple[int, int]:
+        """Where a tensor's stamps and history are, if it has any."""
+        return (place(self.stamps[t].shadow), self.histories[t].address) if t in self.histories else (0, 0)
+
+    def layout(self, t: int, rule: execution.Rule) -> str:
+        """How a tensor's own arrays are laid out."""
+        survey = self.bound.found
+        return device.own_layout(int(survey.codes[t]), survey.bytes.shape[1], rule.n_state, self.bound.stored)
 
 
 def bind(request: device.Request) -> list[Found]:
@@ -336,9 +409,12 @@ def bind(request: device.Request) -> list[Found]:
     for t, grad in given.items():
         weight = views[1][t]
         assert weight is not None
-        parts[t] = cuda_sparse.parts_of(grad, weight, f"gradient of {request.label(t)}")
+        parts[t] = cuda_sparse.parts_of(grad, weight, f"gradient of {request.label(t)}", request.sparse)
     apart = {t: [view.shadow for view in part.views] for t, part in parts.items()}
     request = request._replace(apart={**request.apart, **apart})
+    stamps = {t: look(marks, f"stamps of {request.label(t)}") for t, marks in request.stamps.items()}
+    for t, view in stamps.items():
+        _check_device(view, views[1][t], f"stamps of {request.label(t)}")
     where = [view.device for view in views[1] if view is not None]
     found = []
     for number in sorted(set(where)):
@@ -346,9 +422,14 @@ def bind(request: device.Request) -> list[Found]:
         own = [[column[t] for t in members] for column in views]
         held = [view for column in own for view in column if view is not None]
         here = {k: parts[t] for k, t in enumerate(members) if t in parts}
+        marks = {k: stamps[t] for k, t in enumerate(members) if t in stamps}
+        histories = {k: request.histories[t] for k, t in enumerate(members) if t in request.histories}
         held += [view for part in here.values() for view in part.views]
-        bound = device.bind(_shadows(request, own, members))
-        found.append(Found(number, members, bound, here, {view.stream for view in held if view.stream}))
+        held += marks.values()
+        own_request = _shadows(request, own, members)
+        bound = device.bind(own_request._replace(stamps={k: view.shadow for k, view in marks.items()}))
+        made_on = {view.stream for view in held if view.stream}
+        found.append(Found(number, members, bound, here, made_on, marks, histories))
     return found
 
 
@@ -382,12 +463,17 @@ def _views(request: device.Request) -> list[list[View | None]]:
     ]
     for name, column in zip(names, views, strict=True):
         for t, (view, weight) in enumerate(zip(column, views[1], strict=True)):
-            if view is not None and weight is not None and view.device != weight.device and view.shadow.size:
-                raise ValueError(
-                    f"{name} of {request.label(t)} is on CUDA device {view.device}; "
-                    f"expected device {weight.device}, as the weight"
-                )
+            if view is not None:
+                _check_device(view, weight, f"{name} of {request.label(t)}")
     return views
+
+
+def _check_device(view: View, weight: View | None, what: str) -> None:
+    """Refuse an array that is not where its weight is."""
+    if weight is not None and view.device != weight.device and view.shadow.size:
+        raise ValueError(
+            f"{what} is on CUDA device {view.device}; expected device {weight.device}, as the weight"
+        )
 
 
 def _shadows(request: device.Request, views: list[list[View | None]], members: list[int]) -> device.Request:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import cuda_sparse, device, execution
 from .cuda_arrays import kernels
 from .kernels.cuda_buffer import SKIPPED
+
+if TYPE_CHECKING:
+    from .cuda import Found
 
 RING = 3  # copies of a table that may be on their way at once
 
@@ -111,6 +114,16 @@ class Hyper:
         return out
 
 
+class NoHyper(NamedTuple):
+    """What stands for a buffer where kernels need none."""
+
+    address: int = 0
+    room: int = 0
+
+
+NO_HYPER = NoHyper()
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -125,6 +138,8 @@ class Table(NamedTuple):
     squares: Any
     by_warps: tuple[bool, bool]  # whether warps take the units of these, and not blocks
     sparse: Sequence[cuda_sparse.Parts] = ()  # the tensors' gradients, if they are sparse
+    late: Any = None  # the kernel that comes before, if rows catch up
+    record: Any = None  # and the one that comes after
 
     def like(self, other: Table) -> bool:
         """Whether it can be where another one was."""
@@ -147,43 +162,63 @@ def dense_table(rule: execution.Rule, table: device.Table) -> Table:
     return Table(table.layout, table.members.tolist(), table.addresses, lines, kernel, squares, by_warps)
 
 
-def row_tables(
-    rule: execution.Rule, bound: device.Bound, parts: Mapping[int, cuda_sparse.Parts]
-) -> Iterator[Table]:
+def row_tables(rule: execution.Rule, found: Found) -> Iterator[Table]:
     """The tables of sparse gradients, one for all that are alike."""
-    loops, columns = kernels().loops, bound.found.bytes.shape[1]
+    loops, bound, parts = kernels().loops, found.bound, found.parts
     groups: dict[tuple[str, str], list[int]] = {}
     for t, part in parts.items():
-        layout = device.own_layout(int(bound.found.codes[t]), columns, rule.n_state, bound.stored)
-        groups.setdefault((part.form, layout), []).append(t)
+        groups.setdefault((part.updating[0], found.layout(t, rule)), []).append(t)
     for (form, layout), members in groups.items():
-        entries, units = [], []
+        entries, units, sums = [], [], []
         for t in members:
             arrays = bound.found.addresses[t]
             own, (number, width) = arrays[1 : 1 + len(layout.split())].tolist(), arrays[-3:-1].tolist()
-            entries.append([*parts[t].head(bound.arrays[1][t].shape[0], keys=0), *own, number, width, 0])
-            units.append(parts[t].units if width else 0)
+            head = parts[t].head(bound.arrays[1][t].shape[0], 0, found.late(t))
+            entries.append([*head, *own, number, width, 0])
+            units.append(parts[t].updating[1] if width else 0)
+            sums.append(parts[t].units if width else 0)
         line = device.line(np.array(units))
+        lines = np.stack([line, line, device.line(np.array(sums))])
         kernel = loops.rows(*rule, layout, form)
-        squares = loops.row_squares(layout.split()[0], form)
+        squares = loops.row_squares(layout.split()[0], parts[members[0]].form)
         words = np.array(entries, np.uint64)
-        sparse = [parts[t] for t in members]
-        yield Table(
-            f"{form}: {layout}", members, words, np.stack([line] * 3), kernel, squares, (True, True), sparse
-        )
+        table = Table(f"{form}: {layout}", members, words, lines, kernel, squares, (True, True))
+        if found.histories:
+            record = loops.record(3 + rule.n_hyper + 2 * ("s" in layout), layout.split()[0])
+            table = table._replace(late=loops.late(*rule, layout, form), record=record)
+        yield table._replace(sparse=[parts[t] for t in members])
+
+
+def late_tables(rule: execution.Rule, found: Found, late: Sequence[int]) -> Iterator[Table]:
+    """The tables of tensors whose rows are all to catch up."""
+    loops = kernels().loops
+    groups: dict[str, list[int]] = {}
+    for t in late:
+        groups.setdefault(found.layout(t, rule), []).append(t)
+    for layout, members in groups.items():
+        entries, units = [], []
+        for t in members:
+            arrays = found.bound.found.addresses[t]
+            own, (number, width) = arrays[1 : 1 + len(layout.split())].tolist(), arrays[-3:-1].tolist()
+            height = int(found.bound.found.sizes[t]) // max(width, 1)
+            entries.append([0, 0, 0, 0, height, 0, *found.late(t), *own, number, width, 0])
+            units.append(height)
+        kernel = loops.late(*rule, layout, f"none {layout.split()[0]}")
+        lines, words = np.stack([device.line(np.array(units))] * 3), np.array(entries, np.uint64)
+        yield Table(f"late: {layout}", members, words, lines, kernel, None, (True, True))
 
 
 class Placed:
     """A table in the device's memory, with the launches that take it."""
 
-    def __init__(self, gpu: Any, hyper: Hyper, table: Table) -> None:
+    def __init__(self, gpu: Any, hyper: Hyper | NoHyper, table: Table) -> None:
         self._gpu, self._hyper = gpu, hyper
         self._mirror = Mirror(gpu, table.entries.size + table.lines.size)
         self._keys = Scratch(gpu)
         self._which: list[int] = []
         self.table = table
         self.sorting: list[Any] = []  # launches, before those that sum squares
-        self.launch: Any = None
+        self.updates: list[Any] = []  # the launches that change weights, in order
 
     def take(self, table: Table) -> None:
         """Have another one like it."""
@@ -196,10 +231,11 @@ class Placed:
 
     def _sort(self, entry: np.ndarray, parts: cuda_sparse.Parts, place: int) -> int:
         """Have a gradient's keys sorted, in memory for twice as many; says where they are then."""
-        loops, count, run = kernels().loops, parts.units, 1
+        loops, count = kernels().loops, parts.units
         source, target = place, place + 8 * count
         first = (int(entry[1]), count, int(entry[4]), source)
-        self.sorting.append(self._over(loops.keys(parts.integers), count, first))
+        run = loops.RUN
+        self.sorting.append(self._over(loops.keys(parts.integers), -(-count // run), first, False))
         while run < count:
             self.sorting.append(self._over(loops.merge(), count, (source, count, run, target)))
             source, target, run = target, source, 2 * run
@@ -220,9 +256,14 @@ class Placed:
             words = [self.table.entries.view(np.int64).ravel(), self.table.lines.ravel()]
             self._mirror.write(np.concatenate(words), stream)
             self._which = which
-        units = int(self.table.lines[1, -1])
-        arguments = (*self._arguments(1), self._hyper.address, self._hyper.room)
-        self.launch = self._over(self.table.kernel, units, arguments, self.table.by_warps[0])
+        units, table = int(self.table.lines[1, -1]), self.table
+        buffer = (self._hyper.address, self._hyper.room)
+        arguments = (*self._arguments(1), *buffer)
+        chosen = [table.late, table.kernel] if table.late else [table.kernel]
+        self.updates = [self._over(kernel, units, arguments, table.by_warps[0]) for kernel in chosen]
+        if table.record:
+            first, columns, *_, tensors = arguments[:5]
+            self.updates.append(self._over(table.record, tensors, (first, columns, tensors, *buffer)))
 
     def _arguments(self, line: int) -> tuple[int, ...]:
         """The table, its columns, the lines, and how many tensors there are."""
@@ -235,6 +276,11 @@ class Placed:
     def sums(self) -> int:
         """How many sums of squares of the gradients there are."""
         return int(self.table.lines[2, -1])
+
+    def forget(self) -> Any:
+        """The launch after which the tensors' histories begin anew."""
+        first, columns, *_, tensors = self._arguments(1)
+        return self._over(kernels().loops.forget(), tensors, (first, columns, tensors))
 
     def squares(self, partial: int) -> Any:
         """The launch that sums the squares of the gradients, for each unit."""

@@ -17,25 +17,31 @@ from .sparse import RowSparse
 class Parts(NamedTuple):
     """What the kernel needs to know of a gradient."""
 
-    form: str  # as `numba_opt.kernels.cuda.rows` has it
+    form: str  # as `numba_opt.kernels.cuda.rows` has it, for the rows that are touched
     integers: str  # how row numbers, or columns, are stored
     data: View
     numbers: View  # of rows, or of where the rows of a CSR matrix begin
     columns: View | None
     units: int  # parts, or rows of a CSR matrix
+    every: int = 0  # units of all rows, if those without a gradient are to be updated too
+
+    @property
+    def updating(self) -> tuple[str, int]:
+        """The form in which rows are updated, and the units of that."""
+        return (f"every-{self.form}", self.every) if self.every else (self.form, self.units)
 
     @property
     def views(self) -> list[View]:
         """All arrays whose addresses a kernel gets."""
         return [view for view in (self.data, self.numbers, self.columns) if view is not None]
 
-    def head(self, height: int, keys: int) -> list[int]:
-        """What the table says of it, the keys being at some address."""
+    def head(self, height: int, keys: int, late: tuple[int, int]) -> list[int]:
+        """What the table says of it, the keys being at some address, as are stamps and history."""
         entries = self.data.shadow.shape[0]
         if self.columns is not None:
             entries = min(entries, self.columns.shadow.size)
         columns = 0 if self.columns is None else place(self.columns.shadow)
-        return [place(self.data.shadow), place(self.numbers.shadow), columns, keys, height, entries]
+        return [place(self.data.shadow), place(self.numbers.shadow), columns, keys, height, entries, *late]
 
 
 def is_sparse(grad: Any) -> bool:
@@ -53,8 +59,8 @@ def arrays_of(grad: Any) -> list[Any]:
     return [getattr(grad, name, None) for name in ("data", "indices", "indptr")]
 
 
-def parts_of(grad: Any, weight: View, what: str) -> Parts:
-    """What a sparse gradient says, as far as the host can know it.
+def parts_of(grad: Any, weight: View, what: str, mode: str = "lazy") -> Parts:
+    """What a sparse gradient says, as far as the host can know it, for an update of that `mode`.
 
     Raises
     ------
@@ -66,8 +72,10 @@ def parts_of(grad: Any, weight: View, what: str) -> Parts:
         rows, values = look(grad.rows, f"rows of {what}"), look(grad.values, f"values of {what}")
         sparse.check_block(rows.shadow, values.shadow, grad.shape, what)
         integers = _integers(rows, f"rows of {what}")
-        kind = f"rows {integers}" if grad.distinct else "keys"
-        parts = Parts(f"{kind} {_reals(values, what)}", integers, values, rows, None, len(rows.shadow))
+        every = grad.shape[0] + 1 if mode == "dense" else 0
+        kind = f"rows {integers}" if grad.distinct and not every else "keys"
+        form = f"{kind} {_reals(values, what)}"
+        parts = Parts(form, integers, values, rows, None, len(rows.shadow), every)
     else:
         if getattr(grad, "format", None) != "csr":
             raise TypeError(f"{what} is a {type(grad).__name__} on a GPU; expected RowSparse or a CSR matrix")
@@ -80,7 +88,8 @@ def parts_of(grad: Any, weight: View, what: str) -> Parts:
             raise TypeError(f"indices and indptr of {what} are {kinds}; expected the same")
         integers = _integers(indptr, f"indptr of {what}")
         form = f"csr {integers} {_reals(data, what)}"
-        parts = Parts(form, integers, data, indptr, indices, grad.shape[0])
+        every = grad.shape[0] if mode == "dense" else 0
+        parts = Parts(form, integers, data, indptr, indices, grad.shape[0], every)
     for view in parts.views:
         if view.device != weight.device and view.shadow.size:
             raise ValueError(

@@ -62,7 +62,8 @@ class Request(NamedTuple):
     at a position is called, for the errors. With `per_row`, weights are matrices and a state has the shape
     ``(rows, 1)``. A gradient that is None comes another way: `apart` then has the arrays that hold it, by
     position, which must not share memory with what is written. States are `stored` as that code says, or, if
-    it is empty, as the weight; if they are rounded stochastically, `numbers` has one for each weight.
+    it is empty, as the weight; if they are rounded stochastically, `numbers` has one for each weight. What
+    `sparse` gradients mean is as `Optimizer` says.
     """
 
     columns: Columns
@@ -73,6 +74,8 @@ class Request(NamedTuple):
     stamps: Mapping[int, Any] = {}  # of rows, where they catch up exactly: written, too
     stored: str = ""
     numbers: tuple[int, ...] = ()
+    sparse: str = "lazy"
+    histories: Mapping[int, Any] = {}  # of parameters with stamps, on GPUs
 
     @property
     def n_state(self) -> int:
@@ -274,7 +277,7 @@ def type_name(value: Any) -> str:
 
 def _one_by_one(request: Request) -> tuple[list[list[Any]], list[tuple[np.ndarray, np.ndarray]]]:
     """The columns as arrays that a kernel can take, and what stands in for others; all of it checked."""
-    columns, _, per_row, label, apart, stamps, stored, _ = request
+    columns, _, per_row, label, apart, stamps, stored, *_ = request
     names, n_state = request.names(), request.n_state
 
     def may_lack(c: int, t: int) -> bool:

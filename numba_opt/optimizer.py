@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import arguments, cuda, cuda_arrays, device, execution, sparse
+from . import arguments, cuda, cuda_arrays, cuda_history, device, execution, sparse
 from .kernels import ndarray, rounding, threads
 from .lr_scheduler import LRScheduler
 
@@ -188,7 +188,7 @@ class Optimizer:
         self.seed = arguments.count("seed", seed, 0)
         self.lr_mult: dict[Index, float] = {}
         self.wd_mult: dict[Index, float] = {}
-        self._history: dict[Index, execution.History] = {}
+        self._history: dict[Index, execution.History | cuda_history.History] = {}
         self._prepared: list[Any] = []
         self._prepared_on_cuda: dict[Any, cuda.Prepared] = {}
 
@@ -346,7 +346,6 @@ class Optimizer:
         """
         what = f"weight of {self._label(index)}"
         if device.on_cuda(weight):
-            self._check_on_cuda(what)
             array, zeros_like = cuda_arrays.look_at(weight, what), cuda_arrays.zeros_like
         else:
             array = weight = device.as_array(weight, what)
@@ -361,7 +360,7 @@ class Optimizer:
         state = zeros if len(zeros) > 1 else zeros[0] if zeros else None
         if self.sparse_update == "exact":
             self._history.pop(index, None)  # a new state owes no steps
-            return state, np.zeros(weight.shape[:1] or (1,), np.int64)
+            return state, zeros_like(weight, array.shape[:1] or (1,), np.dtype(np.int64))
         return state
 
     def create_state_multi_precision(self, index: Index, weight: Any) -> Any:
@@ -454,6 +453,9 @@ class Optimizer:
         request, stamps = self._request(indices, weights, nothing, states, self.multi_precision)
         if stamps:
             request = request._replace(apart=dict.fromkeys(range(len(indices)), ()))
+            if any(map(device.on_cuda, weights)):
+                self._prepare_on_cuda(request, stamps, indices).flush()
+                return
             work = self._assemble(request, {}, stamps, indices)
             execution.flush(self._rule(), work, self.use_fused_step)
 
@@ -470,7 +472,7 @@ class Optimizer:
         self._check_lengths(indices, weights, grads, states)
         request, stamps = self._request(indices, weights, grads, states, masters)
         if any(map(device.on_cuda, weights)):
-            self._step_on_cuda(request, indices)
+            self._step_on_cuda(request, stamps, indices)
             return
         if fused and not stamps and self._quick_step(request, indices):
             return
@@ -498,29 +500,46 @@ class Optimizer:
         finally:
             self._prepared.append(((rule, size), prepared))
 
-    def _step_on_cuda(self, request: device.Request, indices: Sequence[Index]) -> None:
+    def _step_on_cuda(
+        self, request: device.Request, stamps: dict[int, Any], indices: Sequence[Index]
+    ) -> None:
         """The step of weights that are on GPUs."""
-        self._check_on_cuda(request.label(0))
-        key = (tuple(indices), self._rule())
-        prepared = self._prepared_on_cuda.setdefault(key, cuda.Prepared(self._rule()))
-        prepared.take(request)
+        prepared = self._prepare_on_cuda(request, stamps, indices)
         plan = self._plan(indices)
         prepared.run(plan.hyper, plan.which, graphs=False)
         for count in self._counting(plan):
             count()
 
-    def _check_on_cuda(self, what: str) -> None:
-        """Refuse what kernels on GPUs cannot do."""
-        if self.sparse_update != "lazy":
-            given = repr(self.sparse_update)
-            raise ValueError(f"{what} is on a GPU, where sparse_update must be 'lazy'; got {given}")
+    def _prepare_on_cuda(
+        self, request: device.Request, stamps: dict[int, Any], indices: Sequence[Index]
+    ) -> cuda.Prepared:
+        """A call's arrays, checked and ready."""
+        key = (tuple(indices), self._rule())
+        prepared = self._prepared_on_cuda.setdefault(key, cuda.Prepared(self._rule()))
+        prepared.take(self._with_histories(request, stamps, indices))
+        return prepared
+
+    def _with_histories(
+        self, request: device.Request, stamps: dict[int, Any], indices: Sequence[Index]
+    ) -> device.Request:
+        """A request for weights on GPUs with the steps that their rows have yet to take."""
+        histories = {}
+        for t in stamps:
+            what = request.label(t)
+            view = cuda_arrays.look(request.columns[1][t], f"weight of {what}")
+            real = np.dtype(np.float64 if view.shadow.dtype == np.float64 else np.float32)
+            length = 3 + self._rule().n_hyper + 2 * self.stochastic_rounding
+            kind = cuda_history.Kind(view.device, length, real)
+            histories[t] = cuda_history.on_device(self._history.get(indices[t]), kind, what)
+        self._history.update({indices[t]: history for t, history in histories.items()})
+        return request._replace(stamps=stamps, histories=histories)
 
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """What `update_multi_precision` would refuse, refused; nothing is changed."""
         self._check_lengths(indices, weights, grads, states)
         request, stamps = self._request(indices, weights, grads, states, self.multi_precision)
         if any(map(device.on_cuda, weights)):
-            cuda.bind(request)
+            cuda.bind(request._replace(stamps=stamps))
         else:
             self._assemble(*self._take_sparse(request), stamps, indices)
         self._plan(indices)
@@ -553,11 +572,14 @@ class Optimizer:
 
     def _history_of(self, index: Index, dtype: np.dtype) -> execution.History:
         """The steps that some rows of a parameter have yet to take."""
-        if index not in self._history:
+        found = self._history.get(index)
+        if isinstance(found, cuda_history.History):  # the arrays have come from a GPU
+            found = self._history[index] = execution.History.of(found.rows())
+        if found is None:
             real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
             length = 3 + self._rule().n_hyper + 2 * self.stochastic_rounding
-            self._history[index] = execution.History(length, real)
-        return self._history[index]
+            found = self._history[index] = execution.History(length, real)
+        return found
 
     def _take_sparse(self, request: device.Request) -> tuple[device.Request, dict[int, sparse.Parts]]:
         """A request without its sparse gradients, and those."""
@@ -606,7 +628,7 @@ class Optimizer:
             return self._label(indices[t])
 
         request = device.Request(columns, self.state_names, self.per_row, label, stored=self._stored)
-        return request._replace(numbers=self._numbers(indices)), stamps
+        return request._replace(numbers=self._numbers(indices), sparse=self.sparse_update), stamps
 
     def _masters(
         self, indices: Sequence[Index], weights: Sequence[Any], states: Sequence[Any]

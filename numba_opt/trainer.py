@@ -15,6 +15,7 @@ import numpy as np
 
 from . import arguments, checkpoint, cuda, cuda_arrays, device, interrupts, sparse
 from .binding import Binding, CudaBinding
+from .cuda_sums import CudaSums
 from .kernels import ndarray
 from .optimizer import Optimizer, create
 
@@ -130,6 +131,7 @@ class Trainer:
             for i, (name, array) in enumerate(self.params.items())
         }
         self._sums: list[Any] | None = None  # of accumulated gradients; None where there was none
+        self._cuda_sums: CudaSums | None = None  # their memory, if it is on GPUs
         self._bindings: dict[bytes, Binding] = {}
         self._captured: CudaBinding | None = None  # the last one of which a graph was captured
         self._counted: tuple[Any, ...] = ()  # by which binding the last step was counted, and as of what
@@ -162,12 +164,16 @@ class Trainer:
         if grads is None and self._sums is None:
             raise ValueError("grads must be given, as nothing has been accumulated")
         found = self._unfrozen(self._in_order(grads)) if grads is not None else self._sums or []
+        add = None
         if grads is not None and self._sums is not None:
-            found = self._plus([sparse.copied(total) for total in self._sums], found)
+            if self._on_cuda:  # nothing is added before all is known to be well
+                found, add = self._plus_on_cuda(self._sums, found)
+            else:
+                found = self._plus([sparse.copied(total) for total in self._sums], found)
         binding = self._binding(self._unfrozen(found))
         if binding is None:
             self._grad_norm = 0.0 if self._wants_norm else None
-        elif not binding.step(self, self.optimizer.rescale_grad / batch):
+        elif not binding.step(self, self.optimizer.rescale_grad / batch, add):
             self._skipped_steps += 1
         self._sums = None
 
@@ -254,14 +260,31 @@ class Trainer:
     def accumulate(self, grads: Params) -> None:
         """Add gradients, in place, to those of earlier calls; the next `step` takes the sum.
 
-        Half-precision gradients of float32 weights, or of weights with a float32 copy, add up in float32.
+        Half-precision gradients of float32 weights, or of weights with a float32 copy, add up in float32. On
+        a GPU the sums are there too, in memory that is kept for the next ones, and nobody waits for them; the
+        step must be on the same stream.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A gradient does not fit, or is a sparse one on a GPU; nothing has been added.
         """
-        if self._on_cuda:
-            raise TypeError("accumulate is for parameters on the CPU; on a GPU, add gradients up there")
         found = self._unfrozen(self._in_order(grads))
         sums = list(self._sums or [None] * len(found))
         with interrupts.held_back():
-            self._sums = self._plus(sums, found)
+            if self._on_cuda:
+                sums, add = self._plus_on_cuda(sums, found)
+                add()
+            else:
+                sums = self._plus(sums, found)
+            self._sums = sums
+
+    def _plus_on_cuda(self, sums: list[Any], grads: list[Any]) -> tuple[list[Any], Callable[[], None]]:
+        """The same on GPUs: the sums as they will be, all being checked, and what adds the gradients."""
+        present = [t for t, grad in enumerate(grads) if grad is not None]
+        weights = dict(zip(present, self._weights(present), strict=True))
+        self._cuda_sums = self._cuda_sums or CudaSums(self._names)
+        return self._cuda_sums.take(sums, {t: grads[t] for t in present}, weights)
 
     def _plus(self, sums: list[Any], grads: list[Any]) -> list[Any]:
         """Sums of gradients with one more each; the arrays among them are changed, once all is checked."""
@@ -458,11 +481,17 @@ class Trainer:
         weights = self._weights(range(len(self._names)))
         for name, total in state_dict["accumulated"].items():
             t, what = self._names.index(name), f"accumulated gradient of parameter {name!r}"
-            if isinstance(total, Mapping):
-                sums[t] = sparse.joined(None, sparse.RowSparse(**total), weights[t], what)
-            else:
-                sums[t] = _like(weights[t])
+            if not isinstance(total, Mapping):
+                if self._on_cuda:
+                    self._cuda_sums = self._cuda_sums or CudaSums(self._names)
+                    sums[t] = self._cuda_sums.memory(t, weights[t])
+                else:
+                    sums[t] = _like(weights[t])
                 pairs += checkpoint.pairs(sums[t], total, what)
+            elif self._on_cuda:
+                raise checkpoint.CheckpointError(f"{what} is sparse; on a GPU, dense ones add up")
+            else:
+                sums[t] = sparse.joined(None, sparse.RowSparse(**total), weights[t], what)
         counts: dict[Any, int] = {i: entry["count"] for i, entry in enumerate(found.values())}
         skipped = state_dict["skipped_steps"]
 

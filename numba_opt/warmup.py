@@ -274,6 +274,13 @@ def cuda_kernels(
 ) -> Iterator[tuple[Any, ...]]:
     """The kernels of GPUs, by name and arguments."""
     yield from (("set_hyper",), ("clip_norm",), *(("squares", code) for code in codes))
+    loops = cuda_arrays.loops()
+    sums = [
+        f"{code} {total}"
+        for code in codes
+        for total in dict.fromkeys([code, "f4"] if code in HALF else [code])
+    ]
+    yield from (("dense", rule, 0, False, layout) for layout in sums for rule in (loops.begun, loops.plus))
     if sparse:
         yield from (("keys", "i4"), ("keys", "i8"), ("merge",))
         for code in codes:
@@ -286,12 +293,20 @@ def cuda_kernels(
             for copied in masters if code in HALF else (False,):
                 own, grads = _stored(optimizer, code, copied)
                 yield from (("dense", *rule, f"{grad} {own}") for grad in grads)
-                if sparse and optimizer.sparse_update == "lazy":
-                    yield from (("rows", *rule, own, form) for form in _forms(code))
+                if sparse:
+                    forms = _forms(code, optimizer.sparse_update)
+                    yield from (("rows", *rule, own, form) for form in forms)
+                    if optimizer.sparse_update == "exact":
+                        weight = own.split()[0]
+                        yield from (("late", *rule, own, form) for form in (*forms, f"none {weight}"))
+                        length = 3 + rule.n_hyper + 2 * ("s" in own)
+                        yield from (("record", length, weight), ("forget",))
 
 
-def _forms(code: str) -> list[str]:
+def _forms(code: str, mode: str = "lazy") -> list[str]:
     """Sparse gradients of a dtype, as GPUs have them: distinct rows, any rows, CSR."""
+    if mode == "dense":
+        return [f"every-keys {code}", f"every-csr i4 {code}", f"every-csr i8 {code}"]
     return [f"rows i4 {code}", f"rows i8 {code}", f"keys {code}", f"csr i4 {code}", f"csr i8 {code}"]
 
 
@@ -329,7 +344,10 @@ def _cuda(name: str, *args: Any) -> None:
     cuda_code.compiled(getattr(cuda_arrays.loops(), name)(*made), (major, minor))
 
 
-CUDA = ("set_hyper", "clip_norm", "squares", "keys", "merge", "row_squares", "dense", "rows")
+CUDA = (
+    *("set_hyper", "clip_norm", "squares", "keys", "merge", "row_squares", "dense", "rows"),
+    *("late", "record", "forget"),
+)
 
 HELPERS = ("read arrays", "share work")
 

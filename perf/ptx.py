@@ -99,15 +99,23 @@ def tool(name: str) -> str | None:
 def kernels() -> Iterator[tuple[str, Any, Any]]:
     """What there is to tell: a name, a kernel, and compute capabilities.
 
-    All kernels of float32 for 9.0, the dense ones for the others too, and the dense ones of other dtypes.
+    All kernels of float32 for 9.0, the dense ones for the others too, and the dense ones of other dtypes; of
+    three optimizers also those for sparse gradients that mean all rows.
     """
+    import numba_opt
     from numba_opt.kernels import cuda as loops
     from numba_opt.warmup import _instances, cuda_kernels
 
     variants = _instances(None)
     single = [*cuda_kernels(variants, ["f4"], sparse=True)]
     others = [*cuda_kernels(variants, ["f8", "f2", "b2"], sparse=False)]
-    for name, *args in dict.fromkeys([*single, *others]):
+    modes = [
+        kernel
+        for cls in (numba_opt.NAG, numba_opt.FTML, numba_opt.GroupAdaGrad)
+        for mode in ("dense", "exact")
+        for kernel in cuda_kernels(_instances(cls(sparse_update=mode)), ["f4"], sparse=True)
+    ]
+    for name, *args in dict.fromkeys([*single, *others, *modes]):
         words = [arg.__name__ if callable(arg) else str(arg) for arg in args]
         shown = " ".join((name, *(w for w in words if w not in ("0", "1", "2", "3", "True", "False"))))
         wide = name == "dense" and (name, *args) in single

@@ -115,6 +115,10 @@ def put(address, code, values):
     view(int(address), code, len(values))[:] = encode(values, code)
 
 
+def rounded(number, code):
+    return decode(encode(np.array([number]), code), code)[0]
+
+
 def moved(addresses, layout, elements):
     return tuple(
         int(a) + int(elements) * SIZES[code]
@@ -139,6 +143,22 @@ def from_other(number, mask):
     return found
 
 
+def agreed(flag):
+    from numba_opt.kernels import cuda as loops
+
+    thread = threading.current_thread()
+    own = thread.threadIdx.x
+    shared[own] = flag
+    thread.syncthreads()
+    found = all(shared[own // loops.WARP * loops.WARP + k] for k in range(loops.WARP))
+    thread.syncthreads()
+    return found
+
+
+def meet():
+    threading.current_thread().syncthreads()
+
+
 # ---------------------------------------------------------------- the driver
 
 launches = []  # names of kernels, in order
@@ -161,6 +181,7 @@ def start():
     from numba_opt.kernels import cuda as loops
 
     loops.WARP = 4  # a simulated thread is one of the operating system's
+    loops.RUN = 8
 
 
 def device(number):

@@ -105,13 +105,27 @@ def test_dense_kernels_of_other_layouts(made, layout, loads, stores):
     assert found.registers <= 96
 
 
-@pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4"])
+@pytest.mark.parametrize("name", ["begun", "plus"])
+@pytest.mark.parametrize("layout", ["f4 f4", "f8 f8", "f2 f4", "b2 f4", "f2 f2"])
+def test_accumulation(made, name, layout):
+    from numba_opt.kernels import cuda
+
+    found = made("dense", getattr(cuda, name), 0, False, layout)
+    check(found)
+    assert (found.double == 0) == ("f8" not in layout)
+    wide = 2 if layout in ("f2 f4", "b2 f4") else 1  # accesses of a group of 8 sums
+    check_once(found, 1 + wide * (name == "plus"), wide)  # the first gradient does not ask what the sum was
+    assert found.registers <= 40
+
+
+@pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4", "every-keys f4", "every-csr i4 f4"])
 @pytest.mark.parametrize("name", ["adamax", "groupadagrad"])
 @pytest.mark.parametrize("state", ["f4", "sb2"])
 def test_rows(made, name, form, state):
     rule = table.build(table.row(name))._rule()
     found = made("rows", *rule, " ".join(["f4", *[state] * rule.n_state]), form)
-    check(found._replace(double=0))
+    check(found)
+    assert found.double == 0
     assert found.registers <= (80 if state == "f4" else 96)
 
 
@@ -123,6 +137,16 @@ def test_states_rounded_by_chance(made, name, state):
     check(found)
     assert found.double == 0
     assert found.registers <= LIMITS[name] + 24  # groups are of 8, as states are half as long
+
+
+@pytest.mark.parametrize("form", ["keys f4", "csr i4 f4", "none f4"])
+@pytest.mark.parametrize("name", ["nag", "rmsprop-centered", "groupadagrad"])
+def test_rows_that_catch_up(made, name, form):
+    rule = table.build(table.row(name))._rule()
+    found = made("late", *rule, " ".join(["f4"] * (1 + rule.n_state)), form)
+    check(found)
+    assert found.double == 0
+    assert found.registers <= 72
 
 
 @pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4"])
@@ -140,7 +164,27 @@ def test_squares(made, code):
     assert found.registers <= 64
 
 
-@pytest.mark.parametrize("args", [("keys", "i4"), ("keys", "i8"), ("merge",), ("set_hyper",), ("clip_norm",)])
+def test_what_warps_and_blocks_wait_for():
+    """A row's state is written before the next of its steps reads it; a block sorts in its own memory."""
+    from numba_opt.kernels import cuda, cuda_code
+
+    rule = table.build(table.row("groupadagrad"))._rule()
+    late = cuda_code.ptx(cuda.late(*rule, "f4 f4", "csr i4 f4"), (9, 0))
+    assert late.count("bar.warp.sync") >= 2
+    assert "vote.sync.all" in late
+    keys = cuda_code.ptx(cuda.keys("i8"), (9, 0))
+    assert "bar.sync" in keys
+    assert "ld.shared" in keys
+    assert "st.shared" in keys
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(("keys", "i4"), ("keys", "i8"), ("merge",), ("set_hyper",), ("clip_norm",)),
+        *(("record", 5, "f4"), ("record", 5, "f8"), ("forget",)),
+    ],
+)
 def test_other_kernels(made, args):
     check(made(*args))
 

@@ -183,14 +183,98 @@ def test_blocks(library, row, distinct):
 
 
 @table.each
-def test_csr(row):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_row(library, row, dtype):
+    """``sparse_update="dense"``: rows without a gradient take a step with zero."""
+    rng = np.random.default_rng(5)
+    call = table.make(row, [(500, 33)], dtype)
+    rows = rng.integers(0, 500, 300)
+    values = rng.standard_normal((len(rows), 33)).astype(dtype)
+    options = table.common(row) | {"sparse_update": "dense"}
+    gpu, cpu = table.build(row, **options), table.build(row, **options)
+    weights, states = library.put(call.weights), library.put(call.states)
+    ours = RowSparse(library.put(rows), library.put(values), (500, 33))
+    for _ in range(3):
+        gpu.update([0], weights, [ours], states)
+        cpu.update([0], call.weights, [RowSparse(rows, values, (500, 33))], call.states)
+    tolerance = 1e-2 if dtype == "float16" else 1e-5
+    table.assert_alike(row, library.get([weights, states]), table.outputs(call), tolerance)
+
+
+@table.each
+def test_rows_catch_up(library, row):
+    """``sparse_update="exact"``: touched rows at each step, and all of them after a flush."""
+    rng = np.random.default_rng(6)
+    call = table.make(row, [(500, 33)])
+    options = table.common(row) | {"sparse_update": "exact"}
+    gpu, cpu = table.build(row, **options), table.build(row, **options)
+    weights, theirs = library.put(call.weights), call.weights
+    ours_state, state = gpu.create_state(0, weights[0]), cpu.create_state(0, theirs[0])
+    for n in range(1100):  # more steps than the device keeps
+        rows = rng.integers(0, 500 if n % 100 else 20, 7)
+        values = rng.standard_normal((len(rows), 33)).astype("float32")
+        dense = rng.standard_normal((500, 33)).astype("float32")
+        if n % 250 == 60:
+            gpu.update([0], weights, [library.put(dense)], [ours_state])
+            cpu.update([0], theirs, [dense], [state])
+        else:
+            gpu.update(
+                [0], weights, [RowSparse(library.put(rows), library.put(values), (500, 33))], [ours_state]
+            )
+            cpu.update([0], theirs, [RowSparse(rows, values, (500, 33))], [state])
+        if n % 200 == 0:
+            table.assert_near(library.get(weights[0])[rows], theirs[0][rows], 1e-5)
+    gpu.flush([0], weights, [ours_state])
+    cpu.flush([0], theirs, [state])
+    found = library.get([*weights, *table.leaves(ours_state[0])])
+    table.assert_alike(row, found, [*theirs, *table.leaves(state[0])], 1e-4)
+    assert not library.get(ours_state[1]).any()
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 2048, 100_000])
+def test_keys_are_sorted(library, count):
+    """Runs that blocks sort, and merges of these."""
+    rng = np.random.default_rng(count)
+    rows = rng.integers(0, 5000, count)
+    values = rng.standard_normal((count, 3)).astype("float32")
+    call = table.make(table.row("nag"), [(5000, 3)])
+    weights, states = library.put(call.weights), library.put(call.states)
+    ours = RowSparse(library.put(rows), library.put(values), (5000, 3))
+    numba_opt.NAG().update([0], weights, [ours], states)
+    numba_opt.NAG().update([0], call.weights, [RowSparse(rows, values, (5000, 3))], call.states)
+    table.assert_bits(library.get([weights, states]), table.outputs(call))
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_columns_in_any_order(rising):
+    """Wide rows with many entries, some of which come twice."""
+    cupy = pytest.importorskip("cupy")
+    sparse = import_module("cupyx.scipy.sparse")
+    import scipy.sparse
+
+    rng = np.random.default_rng(3)
+    columns = rng.integers(0, 3000, (60, 500)).astype("int32")
+    columns = np.sort(columns, axis=1) if rising else columns
+    data = rng.standard_normal(columns.size).astype("float32")
+    parts = data, columns.ravel(), np.arange(0, columns.size + 1, 500, dtype="int32")
+    call = table.make(table.row("nag"), [(60, 3000)])
+    weights, states = map(LIBRARIES[1].put, (call.weights, call.states))
+    ours = sparse.csr_matrix(tuple(map(cupy.asarray, parts)), shape=(60, 3000))
+    numba_opt.NAG().update([0], weights, [ours], states)
+    numba_opt.NAG().update([0], call.weights, [scipy.sparse.csr_array(parts, (60, 3000))], call.states)
+    table.assert_bits(LIBRARIES[1].get([weights, states]), table.outputs(call))
+
+
+@table.each
+@pytest.mark.parametrize("mode", ["lazy", "dense"])
+def test_csr(row, mode):
     cupy = pytest.importorskip("cupy")
     sparse = import_module("cupyx.scipy.sparse")
     import scipy.sparse
 
     matrix = scipy.sparse.random(400, 50, 0.05, "csr", "float32", rng=np.random.default_rng(2))
     call = table.make(row, [(400, 50)])
-    gpu, cpu = table.build(row), table.build(row)
+    gpu, cpu = table.build(row, sparse_update=mode), table.build(row, sparse_update=mode)
     weights, states = map(LIBRARIES[1].put, (call.weights, call.states))
     for _ in range(3):
         gpu.update([0], weights, [sparse.csr_matrix(matrix)], states)
@@ -222,6 +306,29 @@ def test_trainer(library, options):
             trainer.set_learning_rate(lr)
             trainer.step(grads, batch_size=2)
     if options:
+        assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
+    table.assert_near(library.get(list(gpu.params.values())), call.weights, 1e-6)
+
+
+@table.each
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_accumulate(library, row, dtype):
+    """Micro-batches add up on the GPU, in float32 for half precision with master weights."""
+    call = table.make(row, SHAPES, dtype)
+    gpu, cpu = (
+        numba_opt.Trainer(weights, table.build(row, multi_precision=True), clip_global_norm=1.0)
+        for weights in (library.put(call.weights), call.weights)
+    )
+    for step in range(3):
+        for part in range(4):
+            grads = table.make(row, SHAPES, dtype, seed=4 * step + part).grads
+            last = part == 3 and step == 1
+            for trainer, own in ((gpu, library.put(grads)), (cpu, grads)):
+                trainer.step(own, batch_size=4) if last else trainer.accumulate(own)
+        if step != 1:
+            table.assert_bits(library.get(gpu._sums), cpu._sums)
+            for trainer in (gpu, cpu):
+                trainer.step(batch_size=4)
         assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
     table.assert_near(library.get(list(gpu.params.values())), call.weights, 1e-6)
 

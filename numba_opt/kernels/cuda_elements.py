@@ -198,6 +198,19 @@ def put(typingctx, address, code, values):
 
 
 @intrinsic
+def rounded(typingctx, number, code):
+    """A number as it would be found again once it had been stored."""
+    if not _known(code):
+        return None
+    kind = code.literal_value
+
+    def codegen(context, builder, sig, args):
+        return _decode(context, builder, _encode(context, builder, args[0], kind), kind)
+
+    return number(number, code), codegen
+
+
+@intrinsic
 def moved(typingctx, addresses, layout, elements):
     """Addresses of arrays, so many elements further on."""
     if not _known(layout):
@@ -247,3 +260,30 @@ def from_other(typingctx, number, mask):
         return builder.bitcast(result, context.get_value_type(number))
 
     return sig, codegen
+
+
+@intrinsic
+def meet(typingctx):
+    """Let the threads of a warp wait for each other, and each see what the others have written."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.bar.warp.sync")
+        builder.call(function, [I32(-1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def agreed(typingctx, flag):
+    """Whether all threads of a warp say so."""
+
+    def codegen(context, builder, sig, args):
+        flag = ir.IntType(1)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(flag, [I32, flag]), "llvm.nvvm.vote.all.sync"
+        )
+        return builder.zext(builder.call(function, [I32(-1), builder.trunc(args[0], flag)]), args[0].type)
+
+    return flag(flag), codegen

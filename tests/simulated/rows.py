@@ -123,12 +123,89 @@ def test_every_kind_in_one_call():
     table.assert_alike(row, *both(row, grads, shapes))
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 8, 21])
-def test_many_parts(count):
-    """Sorting and merging runs of any number of keys."""
+@pytest.mark.parametrize(
+    ("count", "merges"), [(0, 0), (1, 0), (3, 0), (8, 0), (9, 1), (16, 1), (21, 2), (70, 4)]
+)
+def test_many_parts(count, merges):
+    """Any number of keys: here a block sorts 8 of them, and runs of these are merged."""
     row = table.row("rmsprop")
     rows = np.random.default_rng(count).integers(0, 20, count).tolist()
+    cuda_host.launches.clear()
     table.assert_alike(row, *both(row, [block(rows, (20, 5))], [(20, 5)], steps=1))
+    assert [name for name in cuda_host.launches if name in ("keys", "merge")] == ["keys"] + ["merge"] * merges
+
+
+def test_runs_of_a_real_length(monkeypatch):
+    from numba_opt.kernels import cuda
+
+    monkeypatch.setattr(cuda, "RUN", 1024)
+    monkeypatch.setattr(cuda, "keys", cuda.keys.__wrapped__)
+    row = table.row("nag-plain")
+    rows = np.random.default_rng(0).integers(0, 300, 2500).tolist()
+    cuda_host.launches.clear()
+    table.assert_alike(row, *both(row, [block(rows, (300, 1))], [(300, 1)], steps=1))
+    assert [name for name in cuda_host.launches if name in ("keys", "merge")] == ["keys", "merge", "merge"]
+
+
+def some_csr(columns, shape=SHAPE, index="int32"):
+    """A CSR matrix with these columns in each row."""
+    starts = np.cumsum([0, *map(len, columns)]).astype(index)
+    data = np.random.default_rng(3).standard_normal(starts[-1]).astype("float32")
+    flat = np.array([column for row in columns for column in row], index)
+    matrix = scipy.sparse.csr_array(shape, dtype="float32")
+    matrix.data, matrix.indices, matrix.indptr = data, flat, starts
+    return matrix
+
+
+@pytest.mark.parametrize("name", ["adamax", "groupadagrad"])
+@pytest.mark.parametrize("index", ["int32", "int64"])
+def test_columns_in_any_order(name, index):
+    """Rising ones, which are bisected, with some that come twice; others, which are looked through."""
+    full = list(range(6))
+    columns = [
+        [0], [5], [0, 0, 0], [5, 5, 2], [1, 3, 3, 3, 4], full, [*full, *full], full[::-1],
+        [0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 0],
+    ]  # fmt: skip
+    row = table.row(name)
+    table.assert_alike(row, *both(row, [some_csr(columns, index=index)]))
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_columns_that_lead_outside(rising):
+    row = table.row("nag")
+    call = table.make(row, [SHAPE])
+    bad = some_csr([[-7, 1, 3, 6, 10**6], *[[]] * 8])
+    good = some_csr([[1, 3], *[[]] * 8])
+    good.data[...] = bad.data[1:3]
+    if not rising:
+        bad.indices[[0, 4]] = bad.indices[[4, 0]]
+    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    table.build(row).update([0], weights, [on_gpu(bad)], states)
+    table.build(row).update([0], call.weights, [good], call.states)
+    table.assert_bits(cuda_host.on_cpu([weights, states]), table.outputs(call))
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_how_often_columns_are_read(monkeypatch, rising):
+    """Once to see whether they rise, and then for each element a few times; if they don't, all of them."""
+    row, width, entries = table.row("nag-plain"), 192, 64
+    matrix = some_csr([[*range(0, width, 3)][:: 1 if rising else -1]], (1, width))
+    call = table.make(row, [(1, width)])
+    weights, grad = cuda_host.on_gpu(call.weights), on_gpu(matrix)
+    first = grad.indices.array.__array_interface__["data"][0]
+    reads, view = [], cuda_host.view
+
+    def seen(address, code, count):
+        if first <= address < first + 4 * entries:
+            reads.append(address)
+        return view(address, code, count)
+
+    monkeypatch.setattr(cuda_host, "view", seen)
+    table.build(row).update([0], weights, [grad], [None])
+    if rising:
+        assert len(reads) <= 2 * entries + width * (6 + 3)
+    else:
+        assert len(reads) >= entries * width
 
 
 def test_int32_rows():
@@ -209,6 +286,77 @@ def test_a_block_is_read_back():
     np.testing.assert_array_equal(ours.coalesce().rows, theirs.coalesce().rows)
 
 
+# ---------------------------------------------------------------- dense
+
+
+@table.each
+@pytest.mark.parametrize("distinct", [False, True])
+def test_every_row(row, distinct):
+    """Rows without a gradient take a step with zero: weight decay, and states that fade."""
+    options = table.common(row) | {"sparse_update": "dense"}
+    gpu, cpu = table.build(row, **options), table.build(row, **options)
+    call = table.make(row, [SHAPE] * 4)
+    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    grads = [block([7, 0, 3]), csr(), block([7, 0, 3] if distinct else ROWS), block([])]
+    ours = [on_gpu(grad, distinct) for grad in grads]
+    for _ in range(2):
+        cpu.update(call.indices, call.weights, grads, call.states)
+        gpu.update(call.indices, weights, ours, states)
+    table.assert_alike(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
+
+
+@some
+def test_every_row_of_other_dtypes_and_dimensions(name):
+    row = table.row(name)
+    options = {"sparse_update": "dense"}
+    grads = [block(dtype="float64"), csr(dtype="float64", index="int64"), block([1, 1], (4, 3), "float64")]
+    table.assert_alike(row, *both(row, grads, [SHAPE, SHAPE, (4, 3)], "float64", **options))
+    if not row.cls.per_row:
+        table.assert_alike(row, *both(row, [block([0, 4, 4], (5,))], [(5,)], lazy_update=False))
+
+
+@pytest.mark.parametrize("name", ["nag", "adamax"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("masters", [False, True])
+def test_every_row_in_half_precision(name, dtype, masters):
+    """Sums are rounded as a dense gradient's elements are."""
+    row = table.row(name)
+    grads = [block(dtype=dtype), csr(dtype=dtype)] if dtype == "float16" else [block(dtype=dtype)]
+    options = {"sparse_update": "dense", "multi_precision": masters}
+    table.assert_alike(row, *both(row, grads, dtype=dtype, **options))
+
+
+def test_every_row_but_strays():
+    row = table.row("nag")
+    call = table.make(row, [SHAPE])
+    options = {"sparse_update": "dense", "wd": 0.1}
+    given, good = block([2, 1, 5, 3]), block([2, 5])
+    good.values[...] = given.values[[0, 2]]
+    ours = on_gpu(given)
+    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row, **options), clip_global_norm=1)
+    cpu = numba_opt.Trainer(call.weights, table.build(row, **options), clip_global_norm=1)
+    gpu.step([on_gpu(good)])
+    cpu.step([good])
+    assert not gpu.stray_rows
+    ours.rows.array[:] = [2, 40, 5, -3]
+    gpu.step([ours])
+    assert gpu.stray_rows
+    cpu.step([good])
+    table.assert_near(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()), 1e-6)
+
+
+def test_another_mode_from_now_on():
+    row = table.row("adamax")
+    call = table.make(row, [SHAPE])
+    gpu, cpu = table.build(row, wd=0.1), table.build(row, wd=0.1)
+    weights, states, grad = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states), on_gpu(block())
+    for mode in ("lazy", "dense", "lazy"):
+        gpu.sparse_update = cpu.sparse_update = mode
+        gpu.update([0], weights, [grad], states)
+        cpu.update([0], call.weights, [block()], call.states)
+        table.assert_bits(cuda_host.on_cpu([weights, states]), table.outputs(call))
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -255,10 +403,3 @@ def test_gradients_that_share_memory_with_weights():
     grad = RowSparse(cuda_host.on_gpu(np.array([0, 1])), weights[0], (2, 6))
     with pytest.raises(ValueError, match="shares memory with gradient of parameter 0"):
         table.build(row).update([0], weights, [grad], states)
-
-
-@pytest.mark.parametrize("mode", ["exact", "dense"])
-def test_only_lazy(mode):
-    weight = cuda_host.on_gpu(np.zeros(SHAPE, "f4"))
-    with pytest.raises(ValueError, match=f"sparse_update must be 'lazy'; got '{mode}'"):
-        numba_opt.NAG(sparse_update=mode).create_state(0, weight)

@@ -232,6 +232,190 @@ def test_checkpoints(name, tmp_path):
     assert "on CUDA" in repr(gpu)
 
 
+# ---------------------------------------------------------------- accumulation
+
+
+@table.each
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_accumulate(row, dtype):
+    """With the last gradients handed to the step, and without; the CPU's results, sums included."""
+    gpu, cpu, _, _ = twins(row, table.make(row, SHAPES, dtype))
+    for n in range(3):
+        for part in range(3):
+            theirs = table.make(row, SHAPES, dtype, seed=9 * n + part).grads
+            ours = cuda_host.on_gpu(theirs)
+            last = part == 2 and n % 2
+            for trainer, grads in ((gpu, ours), (cpu, theirs)):
+                trainer.step(grads, batch_size=3) if last else trainer.accumulate(grads)
+            table.assert_bits(cuda_host.on_cpu(ours), theirs)
+            if not last:
+                table.assert_bits(cuda_host.on_cpu(gpu._sums), cpu._sums)
+        if not n % 2:
+            for trainer in (gpu, cpu):
+                trainer.step(batch_size=3)
+        assert gpu._sums is cpu._sums is None
+        assert gpu.optimizer.num_update == cpu.optimizer.num_update == n + 1
+        if row.cls.per_row:
+            agree(gpu, cpu, 1e-6)
+        else:
+            agree(gpu, cpu)
+
+
+@pytest.mark.filterwarnings("ignore:states in float16")
+@pytest.mark.parametrize("masters", [False, True])
+def test_half_precision_adds_up(masters):
+    row = table.row("adamax")
+    call = table.make(row, [(5, 7), 33], "float16")
+    gpu, cpu = (
+        numba_opt.Trainer(weights, table.build(row, multi_precision=masters), clip_global_norm=1e9)
+        for weights in (cuda_host.on_gpu(call.weights), call.weights)
+    )
+    for n in range(2):
+        for part in range(3):
+            theirs = table.make(row, [(5, 7), 33], "float16", seed=3 * n + part).grads
+            theirs[1] = theirs[1].astype("float32") if masters and part == 1 else theirs[1]
+            gpu.accumulate(cuda_host.on_gpu(theirs))
+            cpu.accumulate(theirs)
+            assert {total.dtype for total in cpu._sums} == {np.dtype("f4" if masters else "f2")}
+            table.assert_bits(cuda_host.on_cpu(gpu._sums), cpu._sums)
+        gpu.step()
+        cpu.step()
+        assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
+        agree(gpu, cpu)
+
+
+def test_what_accumulating_launches():
+    """Two kernels that differ in one addition; tables are written once, as the memory stays where it is."""
+    row = table.row("nag")
+    gpu, _, ours, _ = twins(row, table.make(row, SHAPES))
+    seen = []
+    for _ in range(3):
+        cuda_host.launches.clear()
+        for _ in range(3):
+            gpu.accumulate(ours)
+        gpu.step()
+        seen.append([*cuda_host.launches])
+    # the first gradients, the others, and the step
+    assert seen[0] == [*["copy", "set_hyper", "dense"] * 2, "dense", "copy", "set_hyper", "dense"]
+    assert seen[1] == seen[2] == ["dense"] * 4
+
+
+def test_gradients_that_are_missing_add_up():
+    row = table.row("rmsprop")
+    call = table.make(row, SHAPES)
+    gpu, cpu, ours, theirs = twins(row, call, freeze="2")
+    for pattern in ([1, 0, 1], [1, 1, 0], [0, 0, 0]):
+        for trainer, grads in ((gpu, ours), (cpu, theirs)):
+            trainer.accumulate([g if there else None for g, there in zip(grads, pattern, strict=True)])
+    for trainer in (gpu, cpu):
+        trainer.unfreeze()
+        trainer.step()
+    assert gpu.optimizer._index_update_count == cpu.optimizer._index_update_count == {0: 1, 1: 1}
+    agree(gpu, cpu)
+
+
+@pytest.mark.parametrize("first", [np.inf, -np.inf, 3e38, -0.0])
+def test_sums_that_overflow(first):
+    """An infinite sum stays one, and the memory of one does no harm to the next."""
+    weight = np.zeros(2, "f4")
+    gpu, cpu = numba_opt.Trainer([cuda_host.on_gpu(weight)], "nag"), numba_opt.Trainer([weight], "nag")
+    for numbers in ([first, first, 1], [-0.0, 2, 3]):
+        for number in numbers:
+            grad = np.array([number, 1], "f4")
+            gpu.accumulate([cuda_host.on_gpu(grad)])
+            cpu.accumulate([grad])
+            table.assert_bits(cuda_host.on_cpu(gpu._sums), cpu._sums)
+        gpu.step()
+        cpu.step()
+    agree(gpu, cpu)
+
+
+def test_accumulated_gradients_are_saved(tmp_path):
+    row = table.row("ftml")
+    gpu, cpu, ours, theirs = twins(row, table.make(row, SHAPES))
+    other, _, _, _ = twins(row, table.make(row, SHAPES, seed=1))
+    for _ in range(2):
+        gpu.accumulate([ours[0], None, ours[2]])
+        cpu.accumulate([theirs[0], None, theirs[2]])
+    gpu.save(tmp_path / "a.safetensors")
+    other.load(tmp_path / "a.safetensors")
+    for trainer in (gpu, other):
+        trainer.step(ours)
+    cpu.step(theirs)
+    agree(gpu, cpu)
+    agree(other, cpu)
+    trainer = numba_opt.Trainer([np.zeros((9, 6), "f4")], "nag")
+    trainer.accumulate([numba_opt.RowSparse([1], np.ones((1, 6), "f4"), (9, 6))])
+    with pytest.raises(numba_opt.checkpoint.CheckpointError, match="is sparse; on a GPU, dense ones add up"):
+        numba_opt.Trainer([cuda_host.on_gpu(np.zeros((9, 6), "f4"))], "nag").load_state_dict(
+            trainer.state_dict()
+        )
+
+
+def test_a_refused_step_keeps_what_was_accumulated():
+    rates = {1: -1.0}
+    weight = cuda_host.on_gpu(np.zeros(3, "f4"))
+    options = {"learning_rate": None, "lr_scheduler": lambda n: rates.get(n, 1.0)}
+    trainer = numba_opt.Trainer([weight], "nag", momentum=0, **options)
+    grad = cuda_host.on_gpu(np.ones(3, "f4"))
+    trainer.accumulate([grad])
+    for batch_size in (-1, 1):
+        with pytest.raises(ValueError, match="finite number"):
+            trainer.step([grad], batch_size=batch_size)
+        assert trainer._sums[0].array.tolist() == [1, 1, 1]
+    rates.clear()
+    trainer.step([grad])
+    assert weight.array.tolist() == [-2, -2, -2]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "gradient of parameter '1' is a numpy.ndarray.*expected a CUDA array", lambda g: g.array),
+        (ValueError, r"gradient of parameter '1' has shape \(2,\); expected \(8, 16\)",
+         lambda g: cuda_host.on_gpu(np.ones(2, "f4"))),
+        (TypeError, "gradient of parameter '1' is float64; expected float32",
+         lambda g: cuda_host.on_gpu(g.array.astype("f8"))),
+        (ValueError, "gradient of parameter '1' is on CUDA device 1; expected device 0",
+         lambda g: elsewhere(g)),
+        (TypeError, "gradient of parameter '1' is sparse; on a GPU, accumulate takes dense ones",
+         lambda g: numba_opt.RowSparse(cuda_host.on_gpu(np.zeros(1, "i8")),
+                                       cuda_host.on_gpu(np.zeros((1, 16), "f4")), (8, 16))),
+    ],
+)  # fmt: skip
+def test_gradients_that_cannot_be_added(error, message, change):
+    row = table.row("nag")
+    gpu, _, ours, _ = twins(row, table.make(row, SHAPES))
+    bad = [ours[0], change(ours[1]), ours[2]]
+    for _ in range(2):  # without anything accumulated, and with
+        before = [total.array.copy() for total in gpu._sums or ()]
+        cuda_host.launches.clear()
+        for call in (gpu.accumulate, gpu.step):
+            if call == gpu.accumulate or before:
+                with pytest.raises(error, match=message):
+                    call(bad)
+        assert not cuda_host.launches
+        assert len(gpu._sums or ()) == len(before)
+        table.assert_bits(cuda_host.on_cpu(gpu._sums or []), before)
+        gpu.accumulate(ours)
+
+
+def test_sums_are_not_captured(monkeypatch):
+    row = table.row("nag")
+    gpu, _, ours, _ = twins(row, table.make(row, SHAPES))
+    for _ in range(2):
+        gpu.accumulate(ours)
+    gpu.step()
+    for _ in range(2):
+        gpu.accumulate(ours)
+    before = [total.array.copy() for total in gpu._sums]
+    monkeypatch.setattr(cuda_host.Device, "in_capture", True)
+    for call in (gpu.accumulate, gpu.step):
+        with pytest.raises(RuntimeError, match="only a step of a Trainer can be captured"):
+            call(ours)
+    table.assert_bits(cuda_host.on_cpu(gpu._sums), before)
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -296,10 +480,6 @@ def test_other_refusals():
         table.build(row).fused_step([0], call.weights, grads, call.states)
     with pytest.raises(ValueError, match="params are on the CPU and on GPUs"):
         numba_opt.Trainer([weights[0], call.weights[0]], "nag")
-    with pytest.raises(TypeError, match="accumulate is for parameters on the CPU"):
-        numba_opt.Trainer(weights, "nag").accumulate(grads)
-    with pytest.raises(ValueError, match="sparse_update must be 'lazy'; got 'exact'"):
-        numba_opt.NAG(sparse_update="exact").create_state(0, weights[0])
     on_both = [weights[0], elsewhere(weights[0])]
     trainer = numba_opt.Trainer(on_both, "nag", clip_global_norm=1)
     with pytest.raises(ValueError, match="need all parameters on one device"):
