@@ -9,7 +9,7 @@ import numpy as np
 
 from . import cuda_sparse, device, execution
 from .cuda_arrays import kernels
-from .kernels.cuda_buffer import SKIPPED
+from .kernels.cuda_buffer import HEAD, OUT, ROOM, SKIPPED
 
 if TYPE_CHECKING:
     from .cuda import Found
@@ -76,31 +76,31 @@ class Hyper:
         if not self.holds(rows):
             loops = self.loops
             self._earlier = self.told()[SKIPPED:]
-            self.room = -(-(loops.HEAD + rows.size) // loops.ROOM) * loops.ROOM
-            self.memory = self._gpu.memory(8 * (loops.OUT + 3 * self.room))
+            self.room = -(-(HEAD + rows.size) // ROOM) * ROOM
+            self.memory = self._gpu.memory(8 * (OUT + 3 * self.room))
             self.address = int(self.memory.address)
             self._written, self._numbers = None, np.zeros(self.room)
             self._launches = [
                 self._launch_of(
                     *(self._gpu, loops.set_hyper(), 1, 1, (self.address, self.room, first)),
-                    self._numbers[first : first + loops.ROOM],
+                    self._numbers[first : first + ROOM],
                 )
-                for first in range(0, self.room, loops.ROOM)
+                for first in range(0, self.room, ROOM)
             ]
 
     def holds(self, rows: np.ndarray) -> bool:
         """Whether there is room for such rows."""
-        return self.loops.HEAD + rows.size <= self.room
+        return HEAD + rows.size <= self.room
 
     def write(self, rows: np.ndarray, norm: Norm | None, stream: int) -> None:
         """Have rows written when the stream gets there, if they are not there already."""
         wanted = norm, rows.tobytes()
         if wanted == self._written:
             return
-        head, numbers = self.loops.HEAD, self._numbers
+        numbers = self._numbers
         limit, guard = norm or (0.0, False)
-        numbers[:head] = limit, rows[0, 0], guard, 0.0
-        numbers[head : head + rows.size] = rows.ravel()
+        numbers[:HEAD] = limit, rows[0, 0], guard, 0.0
+        numbers[HEAD : HEAD + rows.size] = rows.ravel()
         for launch in self._launches:
             launch(stream)
         self._written = wanted
@@ -108,8 +108,8 @@ class Hyper:
     def told(self) -> np.ndarray:
         """What kernels have said; waits for everything on the device."""
         if self.memory is None:
-            return np.zeros(self.loops.OUT)
-        out = np.frombuffer(self.memory.read(8 * self.loops.OUT), np.float64).copy()
+            return np.zeros(OUT)
+        out = np.frombuffer(self.memory.read(8 * OUT), np.float64).copy()
         out[SKIPPED:] += self._earlier
         return out
 

@@ -178,10 +178,11 @@ _made = {}
 
 
 def start():
-    from numba_opt.kernels import cuda as loops
+    from numba_opt.kernels import cuda, cuda_loops, cuda_rows
 
-    loops.WARP = 4  # a simulated thread is one of the operating system's
-    loops.RUN = 8
+    for module in (cuda, cuda_loops, cuda_rows):
+        module.WARP = 4  # a simulated thread is one of the operating system's
+    cuda.RUN = cuda_rows.RUN = 8
 
 
 def device(number):

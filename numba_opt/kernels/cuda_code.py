@@ -25,7 +25,7 @@ from numba.cuda.core.compiler_lock import global_compiler_lock
 from numba.cuda.cudadrv import nvvm
 
 from . import cache
-from .cuda import Kernel
+from .cuda_loops import Kernel
 
 Capability = tuple[int, int]
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver
 
-from .cuda import Kernel
 from .cuda_code import compiled
+from .cuda_loops import Kernel
 
 
 class DriverError(RuntimeError):

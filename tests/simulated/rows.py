@@ -136,9 +136,10 @@ def test_many_parts(count, merges):
 
 
 def test_runs_of_a_real_length(monkeypatch):
-    from numba_opt.kernels import cuda
+    from numba_opt.kernels import cuda, cuda_rows
 
     monkeypatch.setattr(cuda, "RUN", 1024)
+    monkeypatch.setattr(cuda_rows, "RUN", 1024)
     monkeypatch.setattr(cuda, "keys", cuda.keys.__wrapped__)
     row = table.row("nag-plain")
     rows = np.random.default_rng(0).integers(0, 300, 2500).tolist()
