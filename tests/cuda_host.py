@@ -13,6 +13,7 @@ import ctypes
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -178,11 +179,25 @@ _made = {}
 
 
 def start():
+    from numba.cuda.simulator import kernel
+
     from numba_opt.kernels import cuda, cuda_loops, cuda_rows
 
-    for module in (cuda, cuda_loops, cuda_rows):
+    modules = cuda, cuda_loops, cuda_rows
+    for module in modules:
         module.WARP = 4  # a simulated thread is one of the operating system's
     cuda.RUN = cuda_rows.RUN = 8
+    plain = kernel.swapped_cuda_module
+
+    @contextlib.contextmanager
+    def swapped(function, stand_in):
+        """What threads see as ``numba.cuda``; by itself the simulator swaps it in the kernel's file alone."""
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(plain(SimpleNamespace(__globals__=vars(module)), stand_in))
+            yield
+
+    kernel.swapped_cuda_module = swapped
 
 
 def device(number):
