@@ -171,7 +171,7 @@ def test_the_torch_front(library):
     assert second == ["set_hyper", "_element_kernel"]  # the learning rate is of the update's number
     assert third == first
     assert named == ["wait", "wait", *second, "wait"]
-    assert sparse == ["copy", "set_hyper", "keys", "merge", "merge", "rows"]
+    assert sparse == ["copy", "set_hyper", "keys", "rows"]
     assert {line[2 if line[0] == "copy" else 3] for step in steps[:3] for line in step} == {"0x51"}
     assert [line[-1] if line[0] == "wait" else line[3] for line in steps[3]] == [
         *["0x70"] * 4,
