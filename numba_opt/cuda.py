@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cuda_history, cuda_sparse, device, execution, interrupts
+from . import cuda_history, cuda_sparse, device, execution
 from .cuda_arrays import View, address_of, current_stream, kernels, kind_of, look, on, place
 from .cuda_memory import NO_HYPER, Hyper, Norm, Placed, Scratch, dense_table, late_tables, row_tables
 from .errors import CudaUnavailableError
-from .kernels import ndarray
+from .kernels import interrupts, ndarray
 from .kernels.cuda_buffer import NORM, SKIPPED, STRAY
 
 __all__ = ["CudaUnavailableError", "on"]

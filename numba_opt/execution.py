@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import device, interrupts
-from .kernels import cpu, ndarray, rounding, threads
+from . import device
+from .kernels import cpu, interrupts, ndarray, rounding, threads
 from .kernels.elements import prepare
 from .sparse import Parts
 

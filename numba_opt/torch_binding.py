@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import device, execution, interrupts
-from .kernels import counters, ndarray, threads
+from . import device, execution
+from .kernels import counters, interrupts, ndarray, threads
 from .torch_tensors import (
     check_gradient,
     check_memory,

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from . import arguments, checkpoint, cuda, cuda_arrays, device, interrupts, sparse
+from . import arguments, checkpoint, cuda, cuda_arrays, device, sparse
 from .binding import Binding, CudaBinding
 from .cuda_sums import CudaSums
-from .kernels import ndarray
+from .kernels import interrupts, ndarray
 from .optimizer import Optimizer, create
 
 __all__ = ["Trainer"]

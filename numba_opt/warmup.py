@@ -26,9 +26,9 @@ import numba
 import numpy as np
 from numba.core import event
 
-from . import cuda_arrays, device, interrupts
+from . import cuda_arrays, device
 from .ftml import FTML
-from .kernels import cache, cpu, merge, ndarray, threads
+from .kernels import cache, cpu, interrupts, merge, ndarray, threads
 from .nag import NAG
 from .optimizer import Optimizer, create
 from .rmsprop import RMSProp

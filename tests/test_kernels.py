@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -396,3 +397,31 @@ def test_addresses_are_not_compared_before_each_block(layouts):
     before = "".join(blocks[:loop])
     last = before[before.rindex("prefetcht0") :]
     assert len(re.findall(r"\tset(?:b|a|ae|be)\t", last)) == 0
+
+
+INTERRUPTED = """
+import signal
+
+def three():
+    return 3
+
+def save(self, sig, data):
+    signal.raise_signal(signal.SIGINT)
+    saved.append(str(sig))
+
+saved = []
+cache.KernelCache.save_overload = save
+kernel = plain(three, "test")
+try:
+    kernel()
+    came = False
+except KeyboardInterrupt:
+    came = True
+print(json.dumps([came, saved, kernel()]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_an_interrupt_waits_for_the_compiler(tmp_path):
+    """Where it comes while LLVM calls Python, it would be lost."""
+    assert process(tmp_path, INTERRUPTED, rows=False) == [True, ["()"], 3]

@@ -29,6 +29,8 @@ from numba.core import bytecode, caching, serialize
 from numba.core.runtime import rtsys
 from numba.misc.appdirs import AppDirs
 
+from . import interrupts
+
 # No fastmath anywhere: it breaks NaN. The "numpy" error model lets loops with divisions vectorise
 # (0.13 ms against 1.92 ms for the same loop with Python's), and nogil lets threads share the work.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
@@ -46,6 +48,13 @@ def compiled(function: Callable[..., Any], *key: Any, name: str = "", **options:
     options = OPTIONS | options
     dispatcher = njit(**options)(function)
     dispatcher._cache = KernelCache(name or function.__name__, (key, sorted(options.items())))
+    plain = dispatcher.compile
+
+    def compile(sig: Any) -> Any:
+        with interrupts.held_back():
+            return plain(sig)
+
+    dispatcher.compile = compile
     return dispatcher
 
 

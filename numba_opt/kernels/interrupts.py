@@ -14,7 +14,8 @@ def held_back() -> Iterator[None]:
     """Within this context an interrupt waits until the end.
 
     It costs some 7 us, so plain steps have a cheaper way (`numba_opt.kernels.threads.run`); what runs Python
-    code between the first write and the last one uses this.
+    code between the first write and the last one uses this, and the compiler, which would lose an interrupt
+    that comes while LLVM calls Python.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
