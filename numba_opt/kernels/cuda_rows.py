@@ -86,6 +86,23 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
 NOTHING, STRAYED = -1, -2  # instead of the number of a row
 
 
+def bisection(key_at: Callable[..., Any]) -> Callable[..., Any]:
+    """Which is the first of some sorted keys that is not less than one: ``find(keys, low, high, key)``."""
+    key_at = register_jitable(key_at)
+
+    @register_jitable
+    def find(keys, low, high, key):
+        while low < high:
+            middle = (low + high) >> 1
+            if key_at(keys, middle) < key:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    return find
+
+
 def _by_rows(code: str, place: str, real: Any) -> Any:
     """Gradients in a block whose rows are all different ones."""
     size, wide = SIZES[code], SIZES[place]
@@ -116,16 +133,11 @@ def _by_keys(code: str, place: str, real: Any) -> Any:
 
 def _by_every_row(code: str, place: str, real: Any) -> Any:
     """The same where rows without a gradient get zero: a unit is a row, or what comes after the last one."""
+    first_of = bisection(lambda keys, k: number_at(keys, k) >> 32)
 
     @register_jitable
     def source(head, k, width):
-        low, high = np.int64(0), head[5]
-        while low < high:
-            middle = (low + high) >> 1
-            if number_at(head[3], middle) >> 32 < k:
-                low = middle + 1
-            else:
-                high = middle
+        low = first_of(head[3], np.int64(0), head[5], k)
         row = np.int64(k)
         if k == head[4]:
             row = np.int64(STRAYED if low < head[5] else NOTHING)
@@ -168,6 +180,8 @@ def _by_csr(code: str, place: str, real: Any, every: bool = False) -> Any:
     def column_at(columns, p):
         return np.int64(numbers(columns + wide * p, place, 1)[0])
 
+    first_from = bisection(column_at)
+
     @register_jitable
     def source(head, k, width):
         begin = np.int64(numbers(head[1] + wide * k, place, 1)[0])
@@ -186,14 +200,7 @@ def _by_csr(code: str, place: str, real: Any, every: bool = False) -> Any:
         # Whoever has column j looks for it: no scratch memory, and always the same order. Where columns rise
         # it is found by bisection, else among all of the row's entries.
         data, columns, p, end, rising = source
-        low, high = p, end if rising else p
-        while low < high:
-            middle = (low + high) >> 1
-            if column_at(columns, middle) < j:
-                low = middle + 1
-            else:
-                high = middle
-        p = low
+        p = first_from(columns, p, end if rising else p, j)
         total = real(0)
         while p < end:
             if column_at(columns, p) == j:
@@ -315,20 +322,14 @@ def placing(key_at: Callable[..., Any]) -> Callable[..., Any]:
     It is behind those of its own run that are before it, and behind those of the other run that are less,
     which are found by bisection: keys are all different, and each one goes straight to where it belongs.
     """
-    key_at = register_jitable(key_at)
+    place_among = bisection(key_at)
 
     @register_jitable
     def place_of(keys, k, key, run, count):
         other = (k & -run) ^ run  # where the other run begins
-        low, high = min(other, count), min(other + run, count)
-        first = low
-        while low < high:
-            middle = (low + high) >> 1
-            if key_at(keys, middle) < key:
-                low = middle + 1
-            else:
-                high = middle
-        return (k & -(2 * run)) + (k & (run - 1)) + low - first
+        first = min(other, count)
+        before = place_among(keys, first, min(other + run, count), key) - first
+        return (k & -(2 * run)) + (k & (run - 1)) + before
 
     return place_of
 
