@@ -527,9 +527,7 @@ class Optimizer:
         for t in stamps:
             what = request.label(t)
             view = cuda_arrays.look(request.columns[1][t], f"weight of {what}")
-            real = np.dtype(np.float64 if view.shadow.dtype == np.float64 else np.float32)
-            length = 3 + self._rule().n_hyper + 2 * self.stochastic_rounding
-            kind = cuda_history.Kind(view.device, length, real)
+            kind = cuda_history.Kind(view.device, *self._recorded_as(view.shadow.dtype))
             histories[t] = cuda_history.on_device(self._history.get(indices[t]), kind, what)
         self._history.update({indices[t]: history for t, history in histories.items()})
         return request._replace(stamps=stamps, histories=histories)
@@ -576,10 +574,13 @@ class Optimizer:
         if isinstance(found, cuda_history.History):  # the arrays have come from a GPU
             found = self._history[index] = execution.History.of(found.rows())
         if found is None:
-            real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-            length = 3 + self._rule().n_hyper + 2 * self.stochastic_rounding
-            found = self._history[index] = execution.History(length, real)
+            found = self._history[index] = execution.History(*self._recorded_as(dtype))
         return found
+
+    def _recorded_as(self, dtype: np.dtype) -> tuple[int, np.dtype]:
+        """The length and the dtype of a recorded row of hyper-parameters, for weights of a dtype."""
+        real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+        return 3 + self._rule().n_hyper + 2 * self.stochastic_rounding, real
 
     def _take_sparse(self, request: device.Request) -> tuple[device.Request, dict[int, sparse.Parts]]:
         """A request without its sparse gradients, and those."""

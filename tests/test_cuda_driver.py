@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from .scripts import printed
 
 TESTS = Path(__file__).parent
 COMPILER = shutil.which("cc")
@@ -104,17 +105,7 @@ def library(tmp_path_factory):
 
 def run(script, library):
     """What a process printed: its last line as JSON, and the calls of each step as lists of words."""
-    env = {**os.environ, "LD_LIBRARY_PATH": str(library), "PYTHONPATH": str(TESTS.parent)}
-    done = subprocess.run(
-        [sys.executable, "-u", "-c", script],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *lines, last = done.stdout.splitlines()
+    *lines, last = printed(script, options=("-u",), LD_LIBRARY_PATH=library).splitlines()
     steps = [step.splitlines() for step in "\n".join(lines).split("step\n")[1:]]
     return json.loads(last), [[line.split() for line in step] for step in steps]
 
