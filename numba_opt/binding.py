@@ -54,12 +54,14 @@ class Binding:
             self.grads = self.positions  # the caller's arrays are the caller's again
 
     def _step(self, trainer: Trainer, rescale: float, before: Callable[[], None] | None) -> bool:
-        optimizer = trainer.optimizer
-        work = self.bind(optimizer)
+        # Schedulers and `hyper` are the user's code, which might change arrays: it runs before they are read.
+        hyper, after = self.plan(trainer, rescale)
+        work = self.bind(trainer.optimizer)
         scale = self.scale(trainer, work, rescale)
         if scale is None:
             return False
-        hyper, after = self.plan(trainer, scale)
+        if scale != rescale:
+            hyper = [(scale, *row[1:]) for row in hyper]
         if before is not None:
             before()
         self.carry_out(trainer, work, hyper, after)
@@ -163,8 +165,7 @@ class CudaBinding(Binding):
         norm = self.norm(trainer)
         trainer._grad_norm = self.prepared.norm if norm is not None else None
         if self.prepared.run(hyper, self.which, norm):
-            for call in after:
-                call()
+            threads.run([], after)
         else:
             trainer._captured = self
 
@@ -179,8 +180,7 @@ class CudaBinding(Binding):
         """Count a step that a graph is about to make, and have its hyper-parameters ready for it."""
         hyper, after = self.plan(trainer, rescale)
         self.prepared.refresh(hyper, self.which, self.norm(trainer))
-        for call in after:
-            call()
+        threads.run([], after)
 
     def skipped(self) -> int:
         """How many steps the device has left out; waits for it."""

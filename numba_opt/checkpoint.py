@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,8 +244,10 @@ def describe(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def restorer(optimizer: Optimizer, found: Mapping[str, Any]) -> Callable[[], None]:
+def restorer(optimizer: Optimizer, found: Mapping[str, Any]) -> list[partial[Any]]:
     """What gives an optimizer the hyper-parameters, counts and scheduler position that `describe` found.
+
+    They are calls of which none is written in Python.
 
     Raises
     ------
@@ -278,12 +281,10 @@ def restorer(optimizer: Optimizer, found: Mapping[str, Any]) -> Callable[[], Non
         "wd_mult": dict(found["wd_mult"]),
     }
 
-    def restore() -> None:
-        vars(optimizer).update(attributes)
-        if scheduler is not None:
-            vars(scheduler).update(found["scheduler"][1])
-
-    return restore
+    calls = [partial(vars(optimizer).update, attributes)]
+    if scheduler is not None:
+        calls.append(partial(vars(scheduler).update, found["scheduler"][1]))
+    return calls
 
 
 def _plain_parameters(optimizer: Optimizer) -> list[str]:

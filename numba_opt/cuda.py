@@ -273,7 +273,7 @@ class Prepared:
             self._captured = [(part.hyper, part.hyper.address, part) for part in self.parts]
             self._captured_which = list(which)
         rows = np.asarray(hyper, np.float64)
-        with interrupts.held_back() if self._exact else nullcontext():
+        with interrupts.deferred() if self._exact else nullcontext():
             for part, stream, kept in zip(self.parts, streams, captured, strict=True):
                 with part.gpu.current():
                     if not kept:
@@ -290,7 +290,7 @@ class Prepared:
 
     def flush(self) -> None:
         """Bring all rows up to date."""
-        with interrupts.held_back():
+        with interrupts.deferred():
             for part in self.parts:
                 with part.gpu.current():
                     part.follow(part.stream())

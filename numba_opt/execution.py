@@ -7,6 +7,7 @@ compile, and kernels are all compiled before the first one writes.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import device
-from .kernels import cpu, interrupts, ndarray, rounding, threads
+from .kernels import cpu, ndarray, rounding, threads
 from .kernels.elements import prepare
 from .sparse import Parts
 
@@ -36,21 +37,24 @@ class History:
     """The hyper-parameters of steps that some rows of a parameter have yet to take.
 
     A row's stamp says how many of the recorded steps it has taken. `recorded` steps count; the row after
-    them is room for the step that is being made.
+    them is room for the step that is being made. What changes a history is returned as calls, none of them
+    written in Python, which belong to the step that they record.
     """
+
+    LIMIT = 65_536  # steps; beyond it some of the rows that nobody touches catch up at each step
 
     def __init__(self, length: int, real: np.dtype) -> None:
         self.recorded = 0
         self._rows = np.zeros((16, length), real)
         self._trim_at = 256
+        self._next = 0  # the row with which the next ones that nobody has touched begin
 
     @classmethod
     def of(cls, rows: np.ndarray) -> History:
         """A history with these steps in it."""
         history = cls(rows.shape[1], rows.dtype)
-        for row in rows:
-            history.with_current(row)
-            history.recorded += 1
+        history._rows = np.concatenate([rows, np.zeros_like(history._rows)])
+        history.recorded = len(rows)
         return history
 
     def with_current(self, row: Sequence[float]) -> np.ndarray:
@@ -64,20 +68,41 @@ class History:
         """The recorded steps' hyper-parameters."""
         return self._rows[: self.recorded]
 
-    def record(self, stamps: np.ndarray) -> None:
-        """The step has been made; forget those that every row has taken, now and then."""
-        self.recorded += 1
-        if self.recorded >= self._trim_at:
-            passed = int(stamps.min(initial=self.recorded))
-            self._rows[: self.recorded - passed] = self._rows[passed : self.recorded].copy()
-            stamps -= passed
-            self.recorded -= passed
-            self._trim_at = max(256, 2 * self.recorded)
+    def trim(self, stamps: np.ndarray) -> list[partial[Any]]:
+        """Forget the steps that every row has taken, now and then."""
+        if self.recorded < self._trim_at:
+            return []
+        passed = int(stamps.min(initial=self.recorded))
+        left = self.recorded - passed
+        room = np.zeros((left + 16, self._rows.shape[1]), self._rows.dtype)
+        room[:left] = self._rows[passed : self.recorded]
+        return [
+            partial(np.subtract, stamps, passed, stamps),
+            partial(setattr, self, "_rows", room),
+            partial(setattr, self, "recorded", left),
+            partial(setattr, self, "_trim_at", max(256, 2 * left)),
+        ]
 
-    def clear(self, stamps: np.ndarray) -> None:
+    def overdue(self, height: int) -> np.ndarray:
+        """Rows that are to catch up though nobody touches them, so that the history does not grow for ever.
+
+        They are as many as it takes to come by each row once in half of LIMIT steps.
+        """
+        if self.recorded < self.LIMIT or not height:
+            return np.zeros(0, np.int64)
+        first = self._next % height
+        return np.arange(first, min(height, first - (-height // (self.LIMIT // 2))))
+
+    def record(self, height: int) -> list[partial[Any]]:
+        """The step has been made."""
+        return [
+            partial(setattr, self, "_next", self._next + len(self.overdue(height))),
+            partial(setattr, self, "recorded", self.recorded + 1),
+        ]
+
+    def clear(self, stamps: np.ndarray) -> list[partial[Any]]:
         """Every row has taken every step."""
-        self.recorded = 0
-        stamps[...] = 0
+        return [partial(setattr, self, "recorded", 0), partial(operator.setitem, stamps, ..., 0)]
 
 
 class Work(NamedTuple):
@@ -92,13 +117,18 @@ class Work(NamedTuple):
         """Positions of parameters with a dense gradient, some of whose rows have yet to catch up."""
         return [t for t, h in self.histories.items() if h.recorded and t not in self.parts]
 
-    def settle(self) -> None:
-        """Bring the histories to where the rows are."""
-        for t in self.lagging():
-            self.histories[t].clear(self.stamps[t])
-        for t in self.parts:
-            if t in self.histories:
-                self.histories[t].record(self.stamps[t])
+    def trim(self) -> None:
+        """Forget steps that all rows have taken."""
+        calls = [call for t, history in self.histories.items() for call in history.trim(self.stamps[t])]
+        if calls:
+            threads.run([], calls)
+
+    def settled(self) -> list[partial[Any]]:
+        """What brings the histories to where the rows will be."""
+        caught_up = [self.histories[t].clear(self.stamps[t]) for t in self.lagging()]
+        touched = [t for t in self.parts if t in self.histories]
+        recorded = [self.histories[t].record(len(self.stamps[t])) for t in touched]
+        return [call for calls in (*caught_up, *recorded) for call in calls]
 
 
 After = Sequence[partial[Any]]  # what counts a step, none of it written in Python
@@ -107,18 +137,16 @@ After = Sequence[partial[Any]]  # what counts a step, none of it written in Pyth
 def carry_out(
     rule: Rule, work: Work, hyper: Any, which: Sequence[int], fused: bool, after: After = ()
 ) -> None:
-    """Make a step, wholly or, if a signal comes first, not at all; `which` says each one's row of `hyper`."""
-    if fused and not work.histories:
-        threads.run(all_jobs(rule, work, hyper, which), [*work.bound.write_back(), *after])
-        return
-    with interrupts.held_back():
-        jobs: list[threads.Job] = []
-        if fused:
-            jobs = all_jobs(rule, work, hyper, which)
-        else:
-            on_arrays(rule, work, hyper, which)
-        threads.run(jobs, [*work.bound.write_back(), *after])
-        work.settle()
+    """Make a step wholly or, if anything comes first, not at all; `which` says each one's row of `hyper`.
+
+    From the first write to the last one, the count of the step included, no Python runs: whatever a signal's
+    handler or a profiler raises comes before or after.
+    """
+    work.trim()
+    jobs, written = (
+        (all_jobs(rule, work, hyper, which), []) if fused else ([], on_arrays(rule, work, hyper, which))
+    )
+    threads.run(jobs, [*written, *work.bound.write_back(), *work.settled(), *after])
 
 
 def all_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Job]:
@@ -185,25 +213,28 @@ class Prepared:
     def take(self, ids: np.ndarray, request: device.Request, rule: Rule) -> bool:
         """Bring the tables to where these arrays are; False if any of them needs a closer look."""
         found, n_state = self.found, request.n_state
+        before, self.launches = self.launches, []  # nothing is of use if an exception comes in between
         answer = ndarray.survey(ids, ndarray.known(), ndarray.NONE, n_state, request.per_row, *found)
-        if self.launches and answer == ndarray.SAME:
+        if before and answer == ndarray.SAME:
+            self.launches = before
             return True
-        if self.launches and answer == ndarray.MOVED and not ndarray.overlapping(found):
+        if before and answer == ndarray.MOVED and not ndarray.overlapping(found):
             if len(self.tables) > 1:  # else its addresses are those of `found`
                 for table in self.tables:
                     table.addresses[:, :-2] = found.addresses[table.members, :-2]
+            self.launches = before
             return True
-        self.launches = []
         if answer == ndarray.STRANGE or not device.fit(found, n_state, request.stored):
             return False
+        self.which = ()
         self.tables = device.tables(found, n_state, request.stored)
         self.launches = launches(rule, self.tables)
-        self.which = ()
         return True
 
     def jobs(self, hyper: Any, which: Sequence[int]) -> list[threads.Job]:
         """The kernel calls of a step."""
         if which is not self.which and which != self.which:
+            self.which = ()
             number(self.tables, which)
             self.which = which
         return dense_jobs(self.launches, hyper)
@@ -263,31 +294,53 @@ def _address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
-def on_arrays(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> None:
-    """The same on whole arrays, one parameter after another: readable, not fast."""
+def on_arrays(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[partial[Any]]:
+    """The same on whole arrays, one parameter after another: readable, not fast.
+
+    Everything is worked out in copies. What is returned puts them into their places.
+    """
+    written = []
     for t in range(len(which)):
-        grad, weight, *rest = (column[t] for column in work.bound.arrays)
+        grad, *arrays = (column[t] for column in work.bound.arrays)
+        fresh: list[Any] = [None if array is None else array.copy() for array in arrays]
+        weight, *rest = fresh
         row = hyper[which[t]]
-        if t in work.histories and work.histories[t].recorded:
-            _catch_up_arrays(rule, work, t, weight, rest)
+        stamps = work.stamps[t].copy() if t in work.stamps else None
+        if stamps is not None and work.histories[t].recorded:
+            _catch_up_arrays(rule, work, t, weight, rest, stamps)
         keep = _keeping(work, t)
         if t not in work.parts:
             _apply(rule, grad, weight, rest, row, keep)
-            continue
-        touched, values = work.parts[t].summed(weight)
-        _apply_to_rows(rule, touched, values, weight, rest, row, keep)
-        if t in work.stamps:
-            work.stamps[t][touched] = work.histories[t].recorded + 1
-            work.histories[t].with_current(row)
+        else:
+            touched, values = work.parts[t].summed(weight)
+            _apply_to_rows(rule, touched, values, weight, rest, row, keep)
+            if stamps is not None:
+                stamps[touched] = work.histories[t].recorded + 1
+                work.histories[t].with_current(row)
+        written += _putting(arrays, fresh)
+        if stamps is not None:
+            written.append(partial(operator.setitem, work.stamps[t], ..., stamps))
+    return written
 
 
-def _catch_up_arrays(rule: Rule, work: Work, t: int, weight: np.ndarray, rest: Sequence[Any]) -> None:
-    """Let the rows that will be touched, or all of them, take the recorded steps that they have not."""
-    stamps, history = work.stamps[t], work.histories[t]
-    rows = work.parts[t].rows if t in work.parts else np.arange(len(stamps))
+def _putting(arrays: Sequence[Any], fresh: Sequence[Any]) -> list[partial[Any]]:
+    """What puts other contents into some arrays."""
+    pairs = zip(arrays, fresh, strict=True)
+    return [partial(operator.setitem, array, ..., new) for array, new in pairs if array is not None]
+
+
+def _catch_up_arrays(
+    rule: Rule, work: Work, t: int, weight: np.ndarray, rest: Sequence[Any], stamps: np.ndarray
+) -> None:
+    """Let the rows that will be touched or are overdue, or all of them, take the steps that they have not."""
+    history = work.histories[t]
+    rows = np.arange(len(stamps))
+    if t in work.parts:
+        rows = np.union1d(work.parts[t].rows, history.overdue(len(stamps)))
     for q, hyper in enumerate(history.rows()):
         late = rows[stamps[rows] <= q]
         _apply_to_rows(rule, late, np.zeros((len(late), 1)), weight, rest, hyper, _keeping(work, t))
+    stamps[rows] = history.recorded
 
 
 # What stores a state on arrays: (state's number, array, values, rows that the array's are, hyper-parameters).
@@ -352,9 +405,9 @@ def _apply(
     They may be some `rows` of the parameter's.
     """
     real = np.float64 if weight.dtype == np.float64 else np.float32
-    h = tuple(np.asarray(hyper)[: 3 + rule.n_hyper].astype(real))
-    w, *state = (array.astype(real) for array in (weight, *rest[: rule.n_state]))
     with np.errstate(all="ignore"):
+        h = tuple(np.asarray(hyper)[: 3 + rule.n_hyper].astype(real))
+        w, *state = (array.astype(real) for array in (weight, *rest[: rule.n_state]))
         g = prepare(grad.astype(real), w, *h[:3])
         width = max(1, g.shape[-1]) if rule.per_row else 1
         reduced = (np.sum(np.square(g), axis=1, keepdims=True) / real(width),) if rule.per_row else ()
@@ -368,15 +421,17 @@ def _apply(
 
 def flush(rule: Rule, work: Work, fused: bool) -> None:
     """Bring all rows of all parameters up to date."""
-    with interrupts.held_back():
+    jobs, written = [], []
+    for t in work.lagging():
         if fused:
-            threads.run([_catch_up(rule, work, t) for t in work.lagging()])
+            jobs.append(_catch_up(rule, work, t))
         else:
-            for t in work.lagging():
-                _, weight, *rest = (column[t] for column in work.bound.arrays)
-                _catch_up_arrays(rule, work, t, weight, rest)
-        threads.run([], work.bound.write_back())
-        work.settle()
+            arrays = [column[t] for column in work.bound.arrays[1:]]
+            fresh: list[Any] = [None if array is None else array.copy() for array in arrays]
+            weight, *rest = fresh
+            _catch_up_arrays(rule, work, t, weight, rest, work.stamps[t].copy())
+            written += _putting(arrays, fresh)
+    threads.run(jobs, [*written, *work.bound.write_back(), *work.settled()])
 
 
 def gradient_norm(tables: Sequence[device.Table], work: Work | None, grads: Sequence[Any]) -> float:

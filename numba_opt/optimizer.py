@@ -23,6 +23,8 @@ __all__ = ["Optimizer", "create", "register"]
 Index = Hashable  # MXNet's are ints; names serve as well
 Class = TypeVar("Class", bound="type[Optimizer]")
 
+RATES = ("_get_lr", "_get_wd")  # what MXNet's subclasses override to have rates of their own
+
 
 class Plan(NamedTuple):
     """What a step will use and leave behind, worked out before anything changes."""
@@ -191,6 +193,7 @@ class Optimizer:
         self._history: dict[Index, execution.History | cuda_history.History] = {}
         self._prepared: list[Any] = []
         self._prepared_on_cuda: dict[Any, cuda.Prepared] = {}
+        self._owner: Callable[[], Any] = _nobody
 
     def _join(self, scheduler: Any) -> None:
         """Let the learning rate and a scheduler agree about the base."""
@@ -308,6 +311,21 @@ class Optimizer:
     def _get_wd(self, index: Index) -> float:
         """The weight decay of one parameter."""
         return self.wd * self._multiplier(index, "wd_mult")
+
+    def _rates_asked(self, index: Index, num_update: int) -> tuple[float, float]:
+        """What a subclass's own `_get_lr` and `_get_wd` say of a parameter, as after that many updates."""
+        before = self.num_update
+        try:
+            self.num_update = num_update
+            lr, wd = self._get_lr(index), self._get_wd(index)
+        finally:
+            self.num_update = before
+        return arguments.number("_get_lr(index)", lr), arguments.number("_get_wd(index)", wd)
+
+    @classmethod
+    def overridden(cls, names: Sequence[str]) -> list[str]:
+        """Those of some methods that are a subclass's own."""
+        return [name for name in names if getattr(cls, name) is not getattr(Optimizer, name)]
 
     def _update_count(self, index: Index | Sequence[Index]) -> None:
         """Count an update of one parameter or of several."""
@@ -471,16 +489,16 @@ class Optimizer:
         """Check everything, work out the numbers, make the step and count it."""
         self._check_lengths(indices, weights, grads, states)
         request, stamps = self._request(indices, weights, grads, states, masters)
+        plan = self._plan(indices)  # a scheduler is the user's code: it runs before arrays are read
         if any(map(device.on_cuda, weights)):
-            self._step_on_cuda(request, stamps, indices)
+            self._step_on_cuda(request, stamps, indices, plan)
             return
-        if fused and not stamps and self._quick_step(request, indices):
+        if fused and not stamps and self._quick_step(request, indices, plan):
             return
         work = self._assemble(*self._take_sparse(request), stamps, indices)
-        plan = self._plan(indices)
         execution.carry_out(self._rule(), work, plan.hyper, plan.which, fused, self._counting(plan))
 
-    def _quick_step(self, request: device.Request, indices: Sequence[Index]) -> bool:
+    def _quick_step(self, request: device.Request, indices: Sequence[Index], plan: Plan) -> bool:
         """The step if all arrays are plain; False, and nothing done, if any needs a closer look."""
         if not indices or not ndarray.readable():
             return False
@@ -494,21 +512,18 @@ class Optimizer:
         try:
             if not prepared.take(ndarray.objects(request.columns), request, rule):
                 return False
-            plan = self._plan(indices)
             threads.run(prepared.jobs(plan.hyper, plan.which), self._counting(plan))
             return True
         finally:
             self._prepared.append(((rule, size), prepared))
 
     def _step_on_cuda(
-        self, request: device.Request, stamps: dict[int, Any], indices: Sequence[Index]
+        self, request: device.Request, stamps: dict[int, Any], indices: Sequence[Index], plan: Plan
     ) -> None:
         """The step of weights that are on GPUs."""
         prepared = self._prepare_on_cuda(request, stamps, indices)
-        plan = self._plan(indices)
         prepared.run(plan.hyper, plan.which, graphs=False)
-        for count in self._counting(plan):
-            count()
+        threads.run([], self._counting(plan))
 
     def _prepare_on_cuda(
         self, request: device.Request, stamps: dict[int, Any], indices: Sequence[Index]
@@ -535,12 +550,12 @@ class Optimizer:
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """What `update_multi_precision` would refuse, refused; nothing is changed."""
         self._check_lengths(indices, weights, grads, states)
+        self._plan(indices)
         request, stamps = self._request(indices, weights, grads, states, self.multi_precision)
         if any(map(device.on_cuda, weights)):
             cuda.bind(request._replace(stamps=stamps))
         else:
             self._assemble(*self._take_sparse(request), stamps, indices)
-        self._plan(indices)
 
     def _counting(self, plan: Plan) -> list[partial[Any]]:
         """What counts a step."""
@@ -681,7 +696,8 @@ class Optimizer:
     def _plan(self, indices: Sequence[Index]) -> Plan:
         """The counts and hyper-parameters of the next update of some parameters; changes nothing."""
         known = self._index_update_count
-        alike = not (self.param_dict or self.lr_mult or self.wd_mult)
+        asked = self.overridden(RATES)
+        alike = not (self.param_dict or self.lr_mult or self.wd_mult or asked)
         if alike and len(before := set(map(known.get, indices))) == 1:  # the usual case, and quick
             t = (before.pop() or self.begin_num_update) + 1
             num_update = max(self.num_update, t)
@@ -697,12 +713,12 @@ class Optimizer:
             if lr is None or t > num_update:  # as in MXNet, a parameter's count includes those before it
                 num_update = max(num_update, t)
                 lr = self._rate(num_update)
-            key = (
-                lr * self._multiplier(index, "lr_mult"),
-                self.wd * self._multiplier(index, "wd_mult"),
-                t,
+            rates = (
+                self._rates_asked(index, num_update)
+                if asked
+                else (lr * self._multiplier(index, "lr_mult"), self.wd * self._multiplier(index, "wd_mult"))
             )
-            which.append(rows.setdefault(key, len(rows)))
+            which.append(rows.setdefault((*rates, t), len(rows)))
         hyper = np.array([self._hyper_row(self.rescale_grad, lr, wd, t) for lr, wd, t in rows], np.float64)
         return Plan(counts, num_update, hyper, which)
 
@@ -741,11 +757,16 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # objects of the program, and addresses of this process
-        gone = ("param_dict", "_prepared", "_prepared_on_cuda")
-        return {k: v for k, v in vars(self).items() if k not in gone}
+        gone = ("param_dict", "_prepared", "_prepared_on_cuda", "_owner", "_ahead")
+        counts = dict(self._index_update_count)
+        return {k: v for k, v in vars(self).items() if k not in gone} | {"_counts": counts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, param_dict={}, _prepared=[], _prepared_on_cuda={})
+        vars(self).update(state, param_dict={}, _prepared=[], _prepared_on_cuda={}, _owner=_nobody, _ahead=())
+
+
+def _nobody() -> None:
+    """The Trainer that an optimizer belongs to, if it belongs to none."""
 
 
 def _multipliers(name: str, given: Mapping[Any, float]) -> dict[Index, float]:

@@ -110,7 +110,7 @@ class Binding:
             for batch in self.batches:
                 torch.autograd.graph.increment_version(batch.params)
             compiled = all(batch.compiled for batch in self.batches)
-            with contextlib.nullcontext() if compiled else interrupts.held_back():
+            with contextlib.nullcontext() if compiled else interrupts.deferred():
                 threads.run(jobs, after)
         finally:
             for batch in self.batches:

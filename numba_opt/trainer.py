@@ -7,8 +7,13 @@ hyper-parameters' rows are made once and kept for as long as they hold.
 from __future__ import annotations
 
 import fnmatch
+import operator
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,8 +21,9 @@ import numpy as np
 from . import arguments, checkpoint, cuda, cuda_arrays, device, sparse
 from .binding import Binding, CudaBinding
 from .cuda_sums import CudaSums
-from .kernels import interrupts, ndarray
-from .optimizer import Optimizer, create
+from .kernels import interrupts, ndarray, threads
+from .optimizer import RATES, Optimizer, create
+from .turn import Claim, Turn
 
 __all__ = ["Trainer"]
 
@@ -50,9 +56,10 @@ class Trainer:
     Attributes
     ----------
     optimizer : Optimizer
-    params : dict of str to array
-    states : dict of str to state
-        What `Optimizer.create_state_multi_precision` made.
+    params : mapping of str to array
+    states : mapping of str to state
+        What `Optimizer.create_state_multi_precision` made. To change parameters or states, write into their
+        arrays; which arrays they are is settled when the trainer is made.
     grad_norm : float or None
         The norm of the last step's gradients, before clipping; None if neither `clip_global_norm` nor
         `skip_nonfinite` asks for it.
@@ -62,10 +69,17 @@ class Trainer:
     ------
     TypeError, ValueError
         Something is not an array, cannot be written, shares memory with another parameter, or a pattern
-        fits no parameter.
+        fits no parameter; the optimizer belongs to another trainer, or its class has a `step` or a `_get_lr`
+        of its own, which a trainer does not call.
+    RuntimeError
+        A method is called while another call of the trainer is under way in the same thread, as by a signal's
+        handler or a scheduler; nothing has been changed by it. Other threads wait for their turn.
 
     Notes
     -----
+    A step is made wholly or not at all, whatever comes: an error, an interrupt, a handler that raises.
+    `copy.deepcopy` and `pickle` give a trainer of its own that goes on exactly.
+
     All parameters of a step have the learning rate of the largest count of updates among them; MXNet, and
     `Optimizer.update` with it, has those before it in the list a step behind if counts differ.
 
@@ -100,9 +114,9 @@ class Trainer:
         freeze: str | Iterable[str] = (),
         **optimizer_kwargs: Any,
     ) -> None:
-        self.params = _named(params)
-        self._names = list(self.params)
-        on_cuda = set(map(device.on_cuda, self.params.values()))
+        self._params = _named(params)
+        self._names = list(self._params)
+        on_cuda = set(map(device.on_cuda, self._params.values()))
         self._on_cuda = True in on_cuda
         if len(on_cuda) > 1:
             raise ValueError("params are on the CPU and on GPUs; expected all of them on either")
@@ -117,7 +131,18 @@ class Trainer:
             raise TypeError(f"optimizer must be an Optimizer or a name, got {optimizer!r}")
         if optimizer.rule is None:
             raise TypeError(f"optimizer must have a rule, got {optimizer!r}")
-        self.optimizer = optimizer
+        if own := optimizer.overridden(UNASKED):
+            raise TypeError(
+                f"{type(optimizer).__name__} has a {own[0]} of its own, which Trainer does not call; "
+                "expected a rule and hyper only, or use an Updater"
+            )
+        if optimizer._owner() is not None:
+            raise ValueError(
+                "optimizer belongs to another Trainer, whose updates it counts; "
+                "expected one for each Trainer, such as copy.deepcopy(optimizer)"
+            )
+        self._turn = Turn()
+        self._optimizer = optimizer
         optimizer.idx2name = dict(enumerate(self._names))
         optimizer.set_lr_mult({**optimizer.lr_mult, **self._matched("lr_mult", lr_mult or {})})
         optimizer.set_wd_mult({**optimizer.wd_mult, **self._matched("wd_mult", wd_mult or {})})
@@ -126,9 +151,9 @@ class Trainer:
         self._grad_norm: Callable[[], float] | float | None = None
         self._skipped_steps = 0
         self._frozen: set[str] = set()
-        self.states = {
+        self._states = {
             name: optimizer.create_state_multi_precision(i, array)
-            for i, (name, array) in enumerate(self.params.items())
+            for i, (name, array) in enumerate(self._params.items())
         }
         self._sums: list[Any] | None = None  # of accumulated gradients; None where there was none
         self._cuda_sums: CudaSums | None = None  # their memory, if it is on GPUs
@@ -141,6 +166,22 @@ class Trainer:
         else:
             device.bind(self._request(everything, [_like(w) for w in self._weights(everything)])[0])
         self.freeze(freeze)
+        optimizer._owner = weakref.ref(self)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, which counts this trainer's updates."""
+        return self._optimizer
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters by name."""
+        return MappingProxyType(self._params)
+
+    @property
+    def states(self) -> Mapping[str, Any]:
+        """The parameters' states by name."""
+        return MappingProxyType(self._states)
 
     # ---------------------------------------------------------------- steps
 
@@ -160,6 +201,13 @@ class Trainer:
         TypeError, ValueError
             A gradient does not fit; nothing has been changed.
         """
+        claim = self._turn.claim("the trainer")
+        try:
+            self._step(grads, batch_size)
+        finally:
+            del claim
+
+    def _step(self, grads: Params | None, batch_size: float) -> None:
         batch = self._batch(batch_size)
         if grads is None and self._sums is None:
             raise ValueError("grads must be given, as nothing has been accumulated")
@@ -169,7 +217,8 @@ class Trainer:
             if self._on_cuda:  # nothing is added before all is known to be well
                 found, add = self._plus_on_cuda(self._sums, found)
             else:
-                found = self._plus([sparse.copied(total) for total in self._sums], found)
+                found, adding = self._plus([sparse.copied(total) for total in self._sums], found)
+                _run(adding)
         binding = self._binding(self._unfrozen(found))
         if binding is None:
             self._grad_norm = 0.0 if self._wants_norm else None
@@ -208,9 +257,13 @@ class Trainer:
                 trainer.advance()
                 graph.replay()
         """
-        if self._captured is None:
-            raise ValueError("advance needs a step that has been captured in a CUDA graph")
-        self._captured.advance(self, self.optimizer.rescale_grad / self._batch(batch_size))
+        claim = self._turn.claim("the trainer")
+        try:
+            if self._captured is None:
+                raise ValueError("advance needs a step that has been captured in a CUDA graph")
+            self._captured.advance(self, self.optimizer.rescale_grad / self._batch(batch_size))
+        finally:
+            del claim
 
     @property
     def grad_norm(self) -> float | None:
@@ -254,8 +307,15 @@ class Trainer:
         Only an optimizer with ``sparse_update="exact"`` leaves rows behind. `save` and `state_dict` do this
         by themselves.
         """
+        claim = self._turn.claim("the trainer")
+        try:
+            self._flush()
+        finally:
+            del claim
+
+    def _flush(self) -> None:
         positions = list(range(len(self._names)))
-        self.optimizer.flush(positions, list(self.params.values()), list(self.states.values()))
+        self._optimizer.flush(positions, list(self._params.values()), list(self._states.values()))
 
     def accumulate(self, grads: Params) -> None:
         """Add gradients, in place, to those of earlier calls; the next `step` takes the sum.
@@ -269,15 +329,20 @@ class Trainer:
         TypeError, ValueError
             A gradient does not fit, or is a sparse one on a GPU; nothing has been added.
         """
-        found = self._unfrozen(self._in_order(grads))
-        sums = list(self._sums or [None] * len(found))
-        with interrupts.held_back():
+        claim = self._turn.claim("the trainer")
+        try:
+            found = self._unfrozen(self._in_order(grads))
+            sums = list(self._sums or [None] * len(found))
             if self._on_cuda:
                 sums, add = self._plus_on_cuda(sums, found)
-                add()
+                with interrupts.deferred():
+                    add()
+                    self._sums = sums
             else:
-                sums = self._plus(sums, found)
-            self._sums = sums
+                sums, adding = self._plus(sums, found)
+                _run([*adding, partial(setattr, self, "_sums", sums)])
+        finally:
+            del claim
 
     def _plus_on_cuda(self, sums: list[Any], grads: list[Any]) -> tuple[list[Any], Callable[[], None]]:
         """The same on GPUs: the sums as they will be, all being checked, and what adds the gradients."""
@@ -286,8 +351,8 @@ class Trainer:
         self._cuda_sums = self._cuda_sums or CudaSums(self._names)
         return self._cuda_sums.take(sums, {t: grads[t] for t in present}, weights)
 
-    def _plus(self, sums: list[Any], grads: list[Any]) -> list[Any]:
-        """Sums of gradients with one more each; the arrays among them are changed, once all is checked."""
+    def _plus(self, sums: list[Any], grads: list[Any]) -> tuple[list[Any], list[partial[Any]]]:
+        """Sums of gradients, all being checked, and what adds one more to those of them that are arrays."""
         present = [t for t, grad in enumerate(grads) if grad is not None]
         weights = dict(zip(present, self._weights(present), strict=True))
         for t in present:
@@ -304,10 +369,7 @@ class Trainer:
         columns = [[grads[t] for t in dense], [sums[t] for t in dense]]
         if dense:
             device.bind(device.Request(columns, (), False, label))
-        with np.errstate(all="ignore"):
-            for t in dense:
-                sums[t] += device.as_array(grads[t], "gradient")
-        return sums
+        return sums, [partial(np.add, sums[t], device.as_array(grads[t], "gradient"), sums[t]) for t in dense]
 
     def _in_order(self, grads: Params) -> list[Any]:
         """Gradients as a list beside the parameters, None where there is none or it is not wanted."""
@@ -320,7 +382,7 @@ class Trainer:
             except KeyError:
                 found = [grads.get(name) for name in self._names]
                 complete = False
-            unknown = set() if complete else grads.keys() - self.params.keys()
+            unknown = set() if complete else grads.keys() - self._params.keys()
             if unknown:
                 raise ValueError(f"grads has {min(unknown, key=repr)!r}, which is not a parameter")
         else:
@@ -365,10 +427,10 @@ class Trainer:
         self, positions: Sequence[int], grads: Sequence[Any]
     ) -> tuple[device.Request, dict[int, Any]]:
         names = [self._names[t] for t in positions]
-        weights = [self.params[name] for name in names]
-        states = [self.states[name] for name in names]
-        masters = self.optimizer.multi_precision
-        return self.optimizer._request(positions, weights, grads, states, masters)
+        weights = [self._params[name] for name in names]
+        states = [self._states[name] for name in names]
+        masters = self._optimizer.multi_precision
+        return self._optimizer._request(positions, weights, grads, states, masters)
 
     # ---------------------------------------------------------------- learning rates and names
 
@@ -406,7 +468,7 @@ class Trainer:
         """The parameters' names that some patterns fit, each of which must fit one."""
         found = []
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            names = [pattern] if pattern in self.params else fnmatch.filter(self._names, pattern)
+            names = [pattern] if pattern in self._params else fnmatch.filter(self._names, pattern)
             if not names and pattern != "*":
                 raise ValueError(f"{what}: no parameter is called {pattern!r}; there are {_few(self._names)}")
             found += names
@@ -429,14 +491,26 @@ class Trainer:
             ``state``, the number of updates ``count``, and the ``weight``; ``accumulated``: gradients that
             wait for a step, by name; ``skipped_steps``.
         """
-        return checkpoint.copied(self._state(params))
+        claim = self._claim_to_read()
+        try:
+            return checkpoint.copied(self._state(params))
+        finally:
+            del claim
+
+    def _claim_to_read(self) -> Claim:
+        """The turn, which a signal's handler may have as well, between a step's check and its first write.
+
+        Steps are whole then. Bringing rows up to date, though, would change what the step has looked at.
+        """
+        late = any(history.recorded for history in list(self._optimizer._history.values()))
+        return self._turn.claim("the trainer", again=not late)
 
     def _state(self, params: bool) -> dict[str, Any]:
-        self.flush()
+        self._flush()
         counts = self.optimizer._index_update_count
         parameters = {
-            name: {"state": self.states[name], "count": counts.get(i, self.optimizer.begin_num_update)}
-            | ({"weight": self.params[name]} if params else {})
+            name: {"state": self._states[name], "count": counts.get(i, self.optimizer.begin_num_update)}
+            | ({"weight": self._params[name]} if params else {})
             for i, name in enumerate(self._names)
         }
         sums = zip(self._names, self._sums or (), strict=False)
@@ -456,14 +530,18 @@ class Trainer:
             It is of another optimizer, or of parameters with other names, shapes or dtypes; nothing has been
             changed.
         """
+        claim = self._turn.claim("the trainer")
         try:
-            apply = self._checked(state_dict)
-        except KeyError as error:
-            raise checkpoint.CheckpointError(f"the checkpoint lacks {error.args[0]!r}") from error
-        with interrupts.held_back():
-            apply()
+            try:
+                calls = self._checked(state_dict)
+            except KeyError as error:
+                raise checkpoint.CheckpointError(f"the checkpoint lacks {error.args[0]!r}") from error
+            with interrupts.deferred() if self._on_cuda else nullcontext():
+                threads.run([], calls)
+        finally:
+            del claim
 
-    def _checked(self, state_dict: Mapping[str, Any]) -> Callable[[], None]:
+    def _checked(self, state_dict: Mapping[str, Any]) -> list[partial[Any]]:
         """What takes over a state dict that fits."""
         found = state_dict["parameters"]
         restore = checkpoint.restorer(self.optimizer, state_dict["optimizer"])
@@ -474,9 +552,11 @@ class Trainer:
             )
         pairs = []
         for name, entry in found.items():
-            pairs += checkpoint.pairs(self.states[name], entry["state"], f"state of parameter {name!r}")
+            pairs += checkpoint.pairs(self._states[name], entry["state"], f"state of parameter {name!r}")
             if "weight" in entry:
-                pairs += checkpoint.pairs(self.params[name], entry["weight"], f"weight of parameter {name!r}")
+                pairs += checkpoint.pairs(
+                    self._params[name], entry["weight"], f"weight of parameter {name!r}"
+                )
         sums: list[Any] = [None] * len(self._names)
         weights = self._weights(range(len(self._names)))
         for name, total in state_dict["accumulated"].items():
@@ -493,25 +573,29 @@ class Trainer:
             else:
                 sums[t] = sparse.joined(None, sparse.RowSparse(**total), weights[t], what)
         counts: dict[Any, int] = {i: entry["count"] for i, entry in enumerate(found.values())}
-        skipped = state_dict["skipped_steps"]
-
-        def apply() -> None:
-            restore()
-            for mine, theirs in pairs:
-                mine[...] = theirs
-            self.optimizer._counts = counts
-            self.optimizer._history.clear()
-            self.skipped_steps = skipped
-            self._sums = sums if any(total is not None for total in sums) else None
-            self._counted = ()
-
-        return apply
+        skipped = state_dict["skipped_steps"] - (self.skipped_steps - self._skipped_steps)
+        values = {
+            "_skipped_steps": skipped,
+            "_sums": sums if any(total is not None for total in sums) else None,
+            "_counted": (),
+        }
+        return [
+            *restore,
+            *(partial(operator.setitem, mine, ..., theirs) for mine, theirs in pairs),
+            partial(vars(self._optimizer).update, {"_counts": counts, "_ahead": ()}),
+            partial(self._optimizer._history.clear),
+            partial(vars(self).update, values),
+        ]
 
     def save(self, path: str | Path, params: bool = True) -> None:
         """Write `state_dict` to a safetensors file, which appears whole or not at all."""
         arrays: checkpoint.Arrays = {}
-        values = checkpoint.take_apart(self._state(params), arrays)
-        checkpoint.write(path, arrays, {"trainer": values})
+        claim = self._claim_to_read()
+        try:
+            values = checkpoint.take_apart(self._state(params), arrays)
+            checkpoint.write(path, arrays, {"trainer": values})
+        finally:
+            del claim
 
     def load(self, path: str | Path) -> None:
         """Take over what `save` wrote. Errors as in `load_state_dict`, and for a damaged file."""
@@ -520,18 +604,52 @@ class Trainer:
             raise checkpoint.CheckpointError(f"{path} is a checkpoint of numba_opt, but not of a Trainer")
         self.load_state_dict(checkpoint.put_together(values["trainer"], arrays))
 
+    # ---------------------------------------------------------------- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but tables, which hold addresses of this one's arrays."""
+        claim = self._claim_to_read()
+        try:
+            if self._on_cuda and self._sums is not None:
+                raise TypeError("a trainer on a GPU can be copied once a step has taken what was accumulated")
+            made: dict[str, Any] = {"_bindings": {}, "_captured": None, "_counted": (), "_cuda_sums": None}
+            told = {"_grad_norm": self.grad_norm, "_skipped_steps": self.skipped_steps}
+            objects = {"param_dict": self._optimizer.param_dict}  # which optimizers alone leave behind
+            return vars(self) | made | told | objects
+        finally:
+            del claim
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        param_dict = state.pop("param_dict")
+        vars(self).update(state)
+        self._optimizer.param_dict = param_dict
+        self._optimizer._owner = weakref.ref(self)
+
+    def __copy__(self) -> Trainer:
+        raise TypeError("a trainer's copy would count updates of the same arrays; use copy.deepcopy")
+
     # ---------------------------------------------------------------- for people
 
     def __repr__(self) -> str:
         look = cuda_arrays.look_at if self._on_cuda else device.as_array
-        elements = sum(look(w, "weight").size for w in self.params.values())
-        states = [array for state in self.states.values() for array in checkpoint.leaves(state)]
+        elements = sum(look(w, "weight").size for w in self._params.values())
+        states = [array for state in self._states.values() for array in checkpoint.leaves(state)]
         held = sum(look(array, "state").nbytes for array in states)
         frozen = f" ({len(self._frozen)} frozen)" if self._frozen else ""
         return (
             f"Trainer of {len(self._names):,} parameters{frozen}: {elements:,} elements, "
             f"{_amount(held)} of state, on {'CUDA' if self._on_cuda else 'the CPU'}\n  {self.optimizer!r}"
         )
+
+
+# What a trainer does by itself, for all parameters at once.
+UNASKED = ("step", "fused_step", "update", "update_multi_precision", *RATES)
+
+
+def _run(calls: Sequence[partial[Any]]) -> None:
+    """Make calls on arrays, in which no floating-point number is an error, all of them or none."""
+    with np.errstate(all="ignore"):
+        threads.run([], calls)
 
 
 def _named(params: Params) -> dict[str, Any]:

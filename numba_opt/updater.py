@@ -7,6 +7,7 @@ from typing import Any
 
 from . import checkpoint
 from .execution import History
+from .kernels import threads
 from .optimizer import Index, Optimizer
 
 __all__ = ["Updater", "get_updater"]
@@ -98,7 +99,7 @@ class Updater:
         optimizer = checkpoint.put_together(values["optimizer"], arrays)
         late = checkpoint.put_together(values["histories"], arrays)
         if optimizer is not None:
-            checkpoint.restorer(self.optimizer, optimizer)()
+            threads.run([], checkpoint.restorer(self.optimizer, optimizer))
         self.states = found
         self.optimizer._history = {i: History.of(rows) for i, rows in late}
 

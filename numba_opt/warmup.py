@@ -72,7 +72,7 @@ class Kernel(NamedTuple):
     def make(self) -> bool:
         """Have it; says whether it had to be compiled."""
         before = _compiled()
-        with interrupts.held_back():  # an interrupted compiler and a half-written file are nobody's friends
+        with interrupts.deferred():  # an interrupted compiler and a half-written file are nobody's friends
             MAKERS[self.maker](*self.args)
         return _compiled() > before
 

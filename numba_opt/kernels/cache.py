@@ -51,7 +51,7 @@ def compiled(function: Callable[..., Any], *key: Any, name: str = "", **options:
     plain = dispatcher.compile
 
     def compile(sig: Any) -> Any:
-        with interrupts.held_back():
+        with interrupts.deferred():
             return plain(sig)
 
     dispatcher.compile = compile
