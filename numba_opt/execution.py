@@ -172,27 +172,34 @@ class Launch(NamedTuple):
     offsets: np.ndarray
     elements: int
     real: np.dtype
+    longest: int
+    scratch: int
 
 
 def launches(rule: Rule, tables: Sequence[device.Table]) -> list[Launch]:
     """The kernels for some tables, compiled."""
-    return [
-        Launch(
-            cpu.dense(*rule, table.layout),
-            table.addresses,
-            table.offsets,
-            table.elements,
-            cpu.compute_dtype(table.layout.split()[1]),
-        )
-        for table in tables
-    ]
+    return [_launch(rule, table) for table in tables]
+
+
+def _launch(rule: Rule, table: device.Table) -> Launch:
+    weight = table.layout.split()[1]
+    widest = int(table.addresses[:, -2].max())
+    return Launch(
+        cpu.dense(*rule, table.layout),
+        table.addresses,
+        table.offsets,
+        table.elements,
+        cpu.compute_dtype(weight),
+        widest if rule.per_row else 1,
+        cpu.scratch_bytes(weight, rule.per_row, widest),
+    )
 
 
 def dense_jobs(prepared: Sequence[Launch], hyper: Any) -> list[threads.Job]:
     """Kernel calls with these rows of hyper-parameters."""
     return [
-        (kernel, (addresses, offsets, np.array(hyper, real)), elements)
-        for kernel, addresses, offsets, elements, real in prepared
+        threads.Job(kernel, (addresses, offsets, np.array(hyper, real)), elements, longest, scratch)
+        for kernel, addresses, offsets, elements, real, longest, scratch in prepared
     ]
 
 
@@ -248,9 +255,10 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Jo
         groups.setdefault((parts.form, _layout(rule, work, t), own), []).append(t)
     jobs = []
     for (form, layout, own), members in groups.items():
-        real = cpu.compute_dtype(layout.split()[0])
+        weight = layout.split()[0]
+        real = cpu.compute_dtype(weight)
         exact = own is not None
-        entries, elements = [], [0]
+        entries, elements, widest, summed = [], [0], 1, False
         for t in members:
             parts, arrays = work.parts[t], work.bound.found.addresses[t]
             stamps = work.stamps[t].ctypes.data if exact else 0
@@ -258,13 +266,17 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Jo
             head = [_address(array) for array in (parts.data, parts.rows, parts.starts, parts.places)]
             size = 0 if parts.places is None else parts.places.itemsize
             row = 0 if exact else int(which[t])
-            count = len(parts.rows)
-            entries.append([*head, stamps, recorded, count, size, *_own(rule, layout, arrays), row])
-            elements.append(elements[-1] + parts.lines * int(arrays[-2]))
+            count, width = len(parts.rows), int(arrays[-2])
+            height = int(work.bound.found.sizes[t]) // max(width, 1)
+            entries.append([*head, stamps, recorded, count, size, height, *_own(rule, layout, arrays), row])
+            elements.append(elements[-1] + parts.lines * width)
+            widest = max(widest, width)
+            summed |= parts.starts is not None or form != f"block f{real.itemsize}"
         rows = np.array(hyper, real) if own is None else work.histories[own].with_current(hyper[which[own]])
         kernel = cpu.rows(*rule, layout, form, exact)
-        table = np.array(entries, np.uint64)
-        jobs.append((kernel, (table, np.array(elements, np.int64), rows), elements[-1]))
+        args = (np.array(entries, np.uint64), np.array(elements, np.int64), rows)
+        scratch = cpu.scratch_bytes(weight, rule.per_row, widest, summed)
+        jobs.append(threads.Job(kernel, args, elements[-1], widest, scratch))
     return jobs
 
 
@@ -272,11 +284,13 @@ def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
     """The kernel call that brings all rows of a parameter up to date."""
     history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(rule, work, t)
     stamps = work.stamps[t].ctypes.data
-    entry = [0, 0, 0, 0, stamps, history.recorded, 0, 0, *_own(rule, layout, arrays), 0]
-    elements = int(work.bound.found.sizes[t])
+    elements, width = int(work.bound.found.sizes[t]), int(arrays[-2])
+    height = elements // max(width, 1)
+    entry = [0, 0, 0, 0, stamps, history.recorded, 0, 0, height, *_own(rule, layout, arrays), 0]
     kernel = cpu.rows(*rule, layout, "none", True)
     table, offsets = np.array([entry], np.uint64), np.array([0, elements], np.int64)
-    return kernel, (table, offsets, history.rows()), elements
+    scratch = cpu.scratch_bytes(layout.split()[0], rule.per_row, width)
+    return threads.Job(kernel, (table, offsets, history.rows()), elements, max(width, 1), scratch)
 
 
 def _layout(rule: Rule, work: Work, t: int) -> str:
@@ -452,7 +466,7 @@ def gradient_norm(tables: Sequence[device.Table], work: Work | None, grads: Sequ
     total = 0.0
     for code, addresses, offsets in jobs:
         partial = np.zeros((-(-int(offsets[-1]) // threads.CHUNK), 1))
-        threads.run([(cpu.squares(code), (addresses, offsets, partial), int(offsets[-1]))])
+        threads.run([threads.Job(cpu.squares(code), (addresses, offsets, partial), int(offsets[-1]))])
         total += float(partial.sum())
     if 1e-290 < total < math.inf:  # else squares may have left the range of double precision
         return math.sqrt(total)

@@ -322,13 +322,14 @@ def _read_arrays() -> None:
 
 
 def _share_work() -> None:
-    threads.finished(np.ones(2, np.int64), 1)
+    threads.compiled_finished()
 
 
 def _merge_rows() -> None:
     rows = np.zeros(2, np.int64)
     merge.look(rows, 1)
     merge.group(rows, 1)
+    merge.group(rows, 100)
 
 
 def _merge_csr(size: int) -> None:

@@ -471,7 +471,7 @@ from numba_opt.kernels import cpu, threads
 sys.stdin.readline()
 array, total = np.ones(300_000, np.float32), np.zeros((19, 1))
 address = np.array([[array.ctypes.data, 0, 0]], np.uint64)
-threads.run([(cpu.squares("f4"), (address, np.array([0, array.size]), total), array.size)])
+threads.run([threads.Job(cpu.squares("f4"), (address, np.array([0, array.size]), total), array.size)])
 print(int(total.sum()))
 """
 

@@ -126,10 +126,11 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
                 answer = max(answer, MOVED)
             bytes[t, c] = held * SIZES[kind]
             code |= kind << (BITS * c)
-        if codes[t] != code or sizes[t] != size:
-            answer = CHANGED
         height = peek(shape, int64) if ndim > 0 else size
-        addresses[t, columns + 1] = size // height if height > 0 else 1
+        width = uint64(size // height if height > 0 else 1)
+        if codes[t] != code or sizes[t] != size or addresses[t, columns + 1] != width:
+            answer = CHANGED
+        addresses[t, columns + 1] = width
         sizes[t] = size
         codes[t] = code
     return answer
