@@ -41,12 +41,13 @@ class History:
     written in Python, which belong to the step that they record.
     """
 
+    TRIM = 256  # steps; from then on those that every row has taken are forgotten, now and then
     LIMIT = 65_536  # steps; beyond it some of the rows that nobody touches catch up at each step
 
     def __init__(self, length: int, real: np.dtype) -> None:
         self.recorded = 0
         self._rows = np.zeros((16, length), real)
-        self._trim_at = 256
+        self._trim_at = self.TRIM
         self._next = 0  # the row with which the next ones that nobody has touched begin
 
     @classmethod
@@ -80,7 +81,7 @@ class History:
             partial(np.subtract, stamps, passed, stamps),
             partial(setattr, self, "_rows", room),
             partial(setattr, self, "recorded", left),
-            partial(setattr, self, "_trim_at", max(256, 2 * left)),
+            partial(setattr, self, "_trim_at", max(self.TRIM, min(2 * left, left + self.LIMIT // 2))),
         ]
 
     def overdue(self, height: int) -> np.ndarray:
@@ -276,21 +277,30 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Jo
         kernel = cpu.rows(*rule, layout, form, exact)
         args = (np.array(entries, np.uint64), np.array(elements, np.int64), rows)
         scratch = cpu.scratch_bytes(weight, rule.per_row, widest, summed)
+        if own is not None and len(overdue := work.histories[own].overdue(len(work.stamps[own]))):
+            jobs.append(_catch_up(rule, work, own, overdue))
         jobs.append(threads.Job(kernel, args, elements[-1], widest, scratch))
     return jobs
 
 
-def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
-    """The kernel call that brings all rows of a parameter up to date."""
+def _catch_up(rule: Rule, work: Work, t: int, some: np.ndarray | None = None) -> threads.Job:
+    """The kernel call that brings all rows of a parameter up to date.
+
+    If these are `some` of them, the last step is left to be taken with what is recorded next, as the kernel
+    counts the step that is being made.
+    """
     history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(rule, work, t)
     stamps = work.stamps[t].ctypes.data
     elements, width = int(work.bound.found.sizes[t]), int(arrays[-2])
     height = elements // max(width, 1)
-    entry = [0, 0, 0, 0, stamps, history.recorded, 0, 0, height, *_own(rule, layout, arrays), 0]
+    rows, recorded = _address(some), history.recorded
+    if some is not None:
+        elements, recorded = len(some) * width, recorded - 1
+    entry = [0, rows, 0, 0, stamps, recorded, 0, 0, height, *_own(rule, layout, arrays), 0]
     kernel = cpu.rows(*rule, layout, "none", True)
     table, offsets = np.array([entry], np.uint64), np.array([0, elements], np.int64)
     scratch = cpu.scratch_bytes(layout.split()[0], rule.per_row, width)
-    return threads.Job(kernel, (table, offsets, history.rows()), elements, max(width, 1), scratch)
+    return threads.Job(kernel, (table, offsets, history.rows()), elements, max(width, 1), scratch, some)
 
 
 def _layout(rule: Rule, work: Work, t: int) -> str:

@@ -46,6 +46,7 @@ class Job(NamedTuple):
     elements: int
     longest: int = 1  # elements that one thread takes as a whole, such as a row
     scratch: int = 0  # bytes that each thread needs for itself
+    kept: Any = None  # what the kernel has an address of and nobody else holds
 
 
 _jobs: queue.SimpleQueue[partial[Any]] = queue.SimpleQueue()
@@ -69,7 +70,7 @@ def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
     All memory that is needed has been had before, and lives until the end.
     """
     steps: list[partial[Any]] = []
-    for kernel, args, elements, longest, size in jobs:
+    for kernel, args, elements, longest, size, _ in jobs:
         if not elements:
             continue
         chunks = -(-elements // CHUNK)
