@@ -26,9 +26,9 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from . import arguments, cuda_arrays, files, tensor_file
-from .device import as_array, check_writable, on_cuda
+from .device import as_array, check_writable, is_half, on_cuda, state_dtype
 from .errors import CheckpointError
-from .found import by_index, count, part, refusing, shown
+from .found import by_index, count, named, part, refusing, shown
 from .lr_scheduler import LRScheduler
 from .mxnet_states import load_mxnet_optimizer, load_mxnet_states
 
@@ -272,8 +272,8 @@ def restoration(optimizer: Optimizer, found: Any) -> Restoration:
     if theirs != name:
         raise CheckpointError(f"the checkpoint is of {theirs}; this optimizer is {name}")
     states = part(found, "states", list, what)
-    if states != list(optimizer.state_names):
-        here, there = (", ".join(map(str, names)) or "none" for names in (optimizer.state_names, states))
+    if not all(isinstance(state, str) for state in states) or states != list(optimizer.state_names):
+        here, there = (", ".join(map(named, names)) or "none" for names in (optimizer.state_names, states))
         raise CheckpointError(f"the checkpoint's {name} has the states {there}; this one has {here}")
     hyper = part(found, "hyper", Mapping, what)
     with refusing(f"the checkpoint's hyper-parameters are not {name}'s"):
@@ -308,8 +308,8 @@ def _position(scheduler: Any, saved: Any) -> tuple[Mapping[str, Any] | None, Cal
     """Where a scheduler was, None if there was none, and what takes it there."""
     mine = None if scheduler is None else type(scheduler).__name__
     theirs, position = (None, None) if saved is None else saved if len(saved) == 2 else (saved, None)
-    if theirs != mine:
-        raise CheckpointError(f"the checkpoint's lr_scheduler is {theirs}; this optimizer's is {mine}")
+    if not isinstance(theirs, (str, NONE)) or theirs != mine:
+        raise CheckpointError(f"the checkpoint's lr_scheduler is {named(theirs)}; this optimizer's is {mine}")
     if scheduler is None:
         return None, []
     what, held = f"the checkpoint's lr_scheduler {mine}", _attributes(scheduler)
@@ -351,6 +351,26 @@ def _check_row(optimizer: Optimizer) -> None:
                 f"with the checkpoint's hyper-parameters, {name} has {len(row)} coefficients; "
                 f"its rule takes {length}"
             )
+
+
+def check_forms(before: Optimizer, after: Optimizer, weights: Iterable[Any]) -> None:
+    """Refuse options of an optimizer by which states of some weights would be of another form."""
+    for dtype in dict.fromkeys(before._dtype_of(weight, "weight") for weight in weights):
+        here, there = (state_form(optimizer, dtype) for optimizer in (before, after))
+        if here != there:
+            raise CheckpointError(
+                f"the checkpoint's states of {dtype} weights are {there}; this optimizer's are {here}"
+            )
+
+
+def state_form(optimizer: Optimizer, dtype: np.dtype) -> str:
+    """What the states of weights of a dtype consist of, with the options that an optimizer has."""
+    master = optimizer.multi_precision and is_half(dtype)
+    kept = state_dtype(optimizer._stored, np.dtype(np.float32) if master else dtype)
+    form = f"({', '.join(optimizer.state_names)}) in {kept}"
+    if optimizer.sparse_update == "exact":
+        form = f"({form}, stamps)"
+    return f"(float32 weight, {form})" if master else form
 
 
 class Saved(NamedTuple):

@@ -41,7 +41,7 @@ KINDS = {
 }
 
 
-def write(path: str | Path, content: Callable[[io.FileIO], None]) -> None:
+def write(path: str | os.PathLike[str], content: Callable[[io.FileIO], None]) -> None:
     """Let `content` write a file, which then takes the place of what was there; a link is followed.
 
     Owner, group and mode stay those of the file that was there, as far as this process may set them.
@@ -74,7 +74,7 @@ def write(path: str | Path, content: Callable[[io.FileIO], None]) -> None:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[io.FileIO]:
+def opened(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
     """A regular file for reading, in whose errors `path` is named."""
     with _naming(path):
         _found(os.fspath(path), path)  # to open a FIFO would wait for somebody who writes
@@ -83,7 +83,7 @@ def opened(path: str | Path) -> Iterator[io.FileIO]:
 
 
 @contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Let the system's errors name the path that was asked for."""
     try:
         yield
@@ -93,7 +93,7 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _found(target: str, path: str | Path) -> os.stat_result | None:
+def _found(target: str, path: str | os.PathLike[str]) -> os.stat_result | None:
     """What is known of a file, None if there is none; anything that is not a regular file is refused."""
     try:
         found = os.stat(target)

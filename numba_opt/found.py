@@ -76,6 +76,11 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def named(value: Any) -> str:
+    """A name as messages have it: bare, if it is short enough to be one."""
+    return value if isinstance(value, str) and len(value) <= 60 else shown(value)
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Say of errors over what a checkpoint holds that they are the checkpoint's."""

@@ -164,7 +164,8 @@ def _span(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
         raise ValueError(f"array {name!r} is of the unknown dtype {code!r}")
     dtype = np.dtype(DTYPES[code])
     numbers = (*shape, first, last)
-    if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+    lists = type(shape) is type(entry["data_offsets"]) is list
+    if not lists or len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise ValueError(f"array {name!r} has shape {shape!r} from byte {first!r} to {last!r}")
     if last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"array {name!r} of shape {shape} has {last - first} bytes")

@@ -520,10 +520,10 @@ def test_safetensors_itself_is_not_needed(trainer, tmp_path, monkeypatch):
     updater.set_states(updater.get_states())
 
 
-@pytest.mark.parametrize("name", ["checkpoint_1", "updater_1"])
+@pytest.mark.parametrize("name", ["trainer_1", "updater_1"])
 def test_files_of_earlier_versions(name):
     """Written when the format was new, by the safetensors library."""
-    path = ROOT / "tests" / "golden" / f"{name}.safetensors"
+    path = ROOT / "tests" / "checkpoints" / f"{name}.safetensors"
     arrays = safetensors.numpy.load_file(path)
     if name == "updater_1":
         updater = numba_opt.get_updater(numba_opt.NAG(sparse_update="exact", multi_precision=True))
@@ -563,7 +563,7 @@ def test_anybody_can_read_the_arrays(trainer, tmp_path):
     assert snapshot(arrays["/parameters/w/weight"]) == snapshot(trainer.params["w"])
 
 
-@pytest.mark.parametrize("module", ["checkpoint", "trainer", "updater", "binding"])
+@pytest.mark.parametrize("module", ["checkpoint", "tensor_file", "trainer", "updater", "binding"])
 def test_no_pickle(module):
     tree = ast.parse((ROOT / "numba_opt" / f"{module}.py").read_text())
     imported = set()
