@@ -202,6 +202,15 @@ def pairs(mine: Any, theirs: Any, what: str) -> list[tuple[Any, np.ndarray]]:
     return [(target, source)]
 
 
+def check_flushed(state: Any, what: str) -> None:
+    """Refuse stamps, the last part of a state, of steps that rows have yet to take: those are not saved here."""
+    while isinstance(state, (tuple, list)):
+        state = state[-1]
+    late = np.count_nonzero(_content(state, what))
+    if late:
+        raise CheckpointError(f"{what} has {late} rows in the checkpoint that lag behind; expected none")
+
+
 def assignments(pairs: Iterable[tuple[Any, np.ndarray]]) -> Calls:
     """What copies the second array of each pair into the first; what is read has not been written by then."""
     pairs = list(pairs)
