@@ -203,7 +203,7 @@ def pairs(mine: Any, theirs: Any, what: str) -> list[tuple[Any, np.ndarray]]:
 
 
 def check_flushed(state: Any, what: str) -> None:
-    """Refuse stamps, the last part of a state, of steps that rows have yet to take: those are not saved here."""
+    """Refuse stamps, a state's last part, of steps that rows have yet to take: those are not there."""
     while isinstance(state, (tuple, list)):
         state = state[-1]
     late = np.count_nonzero(_content(state, what))

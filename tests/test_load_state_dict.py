@@ -156,6 +156,6 @@ def test_stamps_of_steps_that_are_not_there(half):
     stamps = parts[1][1] if half else parts[1]
     stamps[2] = 7
     before = snapshot(trainer)
-    with pytest.raises(CheckpointError, match="state of parameter 'a' has 1 rows .* that lag behind"):
+    with pytest.raises(CheckpointError, match=r"state of parameter 'a' has 1 rows .* that lag behind"):
         trainer.load_state_dict(state)
     assert snapshot(trainer) == before
