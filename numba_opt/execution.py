@@ -284,19 +284,13 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Jo
 
 
 def _catch_up(rule: Rule, work: Work, t: int, some: np.ndarray | None = None) -> threads.Job:
-    """The kernel call that brings all rows of a parameter up to date.
-
-    If these are `some` of them, the last step is left to be taken with what is recorded next, as the kernel
-    counts the step that is being made.
-    """
+    """The kernel call that brings all rows of a parameter, or some of them, up to date."""
     history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(rule, work, t)
     stamps = work.stamps[t].ctypes.data
     elements, width = int(work.bound.found.sizes[t]), int(arrays[-2])
     height = elements // max(width, 1)
-    rows, recorded = _address(some), history.recorded
-    if some is not None:
-        elements, recorded = len(some) * width, recorded - 1
-    entry = [0, rows, 0, 0, stamps, recorded, 0, 0, height, *_own(rule, layout, arrays), 0]
+    elements = elements if some is None else len(some) * width
+    entry = [0, _address(some), 0, 0, stamps, history.recorded, 0, 0, height, *_own(rule, layout, arrays), 0]
     kernel = cpu.rows(*rule, layout, "none", True)
     table, offsets = np.array([entry], np.uint64), np.array([0, elements], np.int64)
     scratch = cpu.scratch_bytes(layout.split()[0], rule.per_row, width)

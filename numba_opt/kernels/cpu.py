@@ -284,6 +284,7 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     numbers = _numbers(rule, n_state, per_row, layout)
     n_array = len(layout.split())
     block, sparse = kind == "block", kind == "csr"
+    steps = int(block or sparse)  # that are made here, beyond those recorded
     wide = 2 if per_row else 1 + n_array  # of the arrays, those with whole rows
     line, own_line = line_of(code), line_of(layout)
 
@@ -368,7 +369,7 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
             if exact:
                 for q in range(max(load(stamps, np.uintp(r))[0], 0), recorded):
                     late_step(array, *numbers(hyper, row + q, entry[-3]), width, r, 0)
-                store(stamps, np.uintp(r), (recorded + 1,))
+                store(stamps, np.uintp(r), (recorded + steps,))
             if block and code == number and entry[2] == 0:
                 step(direct, h, key, width, r, k)
             elif block or sparse:
