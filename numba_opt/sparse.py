@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -72,10 +71,10 @@ class RowSparse:
         self.distinct = bool(distinct)
         self.rows, self.values = rows, values
         if not self.on_cuda:
-            self.rows = rows if isinstance(rows, np.ndarray) else np.asarray(rows)
+            self.rows = _as_numpy(rows, "rows of RowSparse")
             if self.rows.size == 0 and not isinstance(rows, np.ndarray):
                 self.rows = self.rows.astype(np.int64)
-            self.values = values if isinstance(values, np.ndarray) else np.asarray(values)
+            self.values = _as_numpy(values, "values of RowSparse")
         try:
             self.shape = tuple(arguments.count("shape", n, 0) for n in shape)
         except TypeError as error:
@@ -142,6 +141,16 @@ class RowSparse:
         return f"RowSparse of shape {self.shape}: {len(self._looked_at()[0]):,} rows, {self.dtype}"
 
 
+def _as_numpy(given: Any, what: str) -> np.ndarray:
+    """Numbers as a NumPy array; one of torch's tensors must have the memory that it says it has."""
+    if isinstance(given, np.ndarray):
+        return given
+    tensor = device.loaded("torch", "Tensor")
+    if tensor is not None and isinstance(given, tensor):
+        return device.as_array(given, what)
+    return np.asarray(given)
+
+
 class Parts(NamedTuple):
     """What the kernel needs to know of a gradient; it keeps the arrays alive."""
 
@@ -182,8 +191,8 @@ def is_sparse(grad: Any) -> bool:
     """Whether a gradient is one that this module deals with."""
     if isinstance(grad, RowSparse):
         return True
-    scipy_sparse = sys.modules.get("scipy.sparse")
-    return scipy_sparse is not None and scipy_sparse.issparse(grad)
+    issparse = device.loaded("scipy.sparse", "issparse")
+    return issparse is not None and bool(issparse(grad))
 
 
 def joined(sum_so_far: Any, grad: Any, weight: Any, what: str) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import device, execution
-from .kernels import counters, interrupts, ndarray, threads
+from .kernels import counters, dlpack, interrupts, ndarray, threads
 from .torch_tensors import (
     check_gradient,
     check_memory,
@@ -31,10 +31,12 @@ from .torch_tensors import (
     look,
     parts_of,
     placements,
-    room,
     survey,
     unseen,
+    write_back,
 )
+
+COUNTER = 4  # bytes of a number of updates
 
 
 class Kind(NamedTuple):
@@ -163,8 +165,8 @@ class Batch:
         work = [list(map(laid_out, column, self.orders)) for column in columns[:n_column]]
         self.odd = [t for t, grad in enumerate(columns[0]) if work[0][t] is not grad]
         columns[0] = work[0]
-        self.replaced = [
-            (given.detach(), array)
+        self.replaced = [  # as what writes the copies back
+            write_back(given, array)
             for column, arrays in zip(columns[1:n_column], work[1:], strict=True)
             for given, array in zip(column, arrays, strict=True)
             if array is not given
@@ -195,7 +197,7 @@ class Batch:
                 if c in states:
                     shape = (weight.shape[0], 1) if self.kind.rule.per_row else tuple(weight.shape)
                     check_state(tensor, weight, shape, what)
-                if tensor.layout == torch.strided:
+                if c > 0 or not tensor._is_zerotensor():  # a gradient of zeros may be without memory
                     check_storage(tensor, what)
 
     def _dense(self, grads: Sequence[Any]) -> list[Any]:
@@ -245,10 +247,13 @@ class Batch:
             if grads[t].layout != torch.sparse_coo:
                 return False
             check_gradient(grads[t], columns[1][t], f"gradient of {self.labels[t]}")
+        for t in self.odd:  # they are copied
+            grad = check_gradient(grads[t], columns[1][t], f"gradient of {self.labels[t]}")
+            if grad.layout != torch.strided:
+                return False
+            if not grad._is_zerotensor():
+                check_storage(grad, f"gradient of {self.labels[t]}")
         columns[0] = self._dense(grads)
-        dense = [grad for grad in columns[0] if grad is not None] if self.sparse else columns[0]
-        if any(map(Tensor.is_neg, dense)):
-            return False
         if self.wrapped:
             self.ids = ndarray.objects(columns)
         self.ids[0] = np.fromiter(map(id, columns[0]), np.uint64, len(grads))
@@ -258,7 +263,7 @@ class Batch:
             self._take_parts(grads)
         if answer == ndarray.SAME and not self.sparse:
             return True
-        return answer <= ndarray.MOVED and self._move(columns)
+        return answer <= ndarray.MOVED and self._move()
 
     def _has_states(self) -> bool:
         """Whether the optimizer's state still has the objects that the tables were made of."""
@@ -270,20 +275,18 @@ class Batch:
         except KeyError:
             return False
 
-    def _move(self, columns: Sequence[Sequence[Any]]) -> bool:
+    def _move(self) -> bool:
         """Bring the tables to where the tensors have moved; False if they may not lie there."""
         found = self.found
         n_column = found.bytes.shape[1]
-        now = self.seen[..., 0].T.astype(np.uint64)
+        now, room = self.seen[..., dlpack.ADDRESS].T.astype(np.uint64), self.seen[..., dlpack.ROOM].T
         now, counters = now[:, :n_column], now[:, n_column:]
-        full = found.bytes > 0
-        if not counters.all() or (full & ((now == 0) | (now % self.item_sizes != 0))).any():
+        if not counters.all() or (room[:, n_column:] < COUNTER).any():
             return False
-        moved = full & (now != found.addresses[:, :n_column])
-        for c, column in enumerate(columns[:n_column]):
-            which = np.flatnonzero(moved[:, c]).tolist()
-            if which and (room([column[t] for t in which]) < found.bytes[which, c]).any():
-                return False
+        full = found.bytes > 0
+        lost = (now == 0) | (now % self.item_sizes != 0) | (room[:, :n_column] < found.bytes)
+        if (full & lost).any():
+            return False
         self.counters = counters.ravel()
         found.addresses[:, :n_column] = now
         if self._overlapping():
@@ -311,10 +314,8 @@ class Batch:
 
     def _after(self) -> list[partial[Any]]:
         """Copies are written back, and the update is counted."""
-        written = device.Bound([], self.found, (), self.replaced).write_back()
-        return (
-            [*written, partial(counters.compiled_count_up(), self.counters)] if self.kind.counted else written
-        )
+        counted = [partial(counters.compiled_count_up(), self.counters)] if self.kind.counted else []
+        return [*self.replaced, *counted]
 
     def let_go(self) -> None:
         """Forget the gradients."""

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from . import arguments, execution, optimizer
 from .torch_binding import Batch, Binding, Formula, Kind, Member
 from .torch_cuda import CudaBatch, stream_for
 from .torch_tensors import check_gradient, check_parameter, is_counter
+from .turn import Turn
 
 Options = Mapping[str, Any]
 
@@ -48,6 +49,7 @@ class Optimizer(torch.optim.Optimizer):
     counted: ClassVar[bool] = True  # whether updates are counted, as ``step`` in a parameter's state
 
     def __init__(self, params: Any, formula: str, given: Options) -> None:
+        self._turn = Turn()
         self._forget()
         defaults = self._defaults(arguments.choice("formula", formula, ("torch", "mxnet")))
         given = _renamed({name: value for name, value in given.items() if value is not None}, formula)
@@ -129,13 +131,13 @@ class Optimizer(torch.optim.Optimizer):
         _rate(group)
         return self._mxnet(group) if group["formula"] == "mxnet" else self._torch(group)
 
-    def _current(self) -> list[Formula]:
+    def _current(self, groups: Sequence[Any]) -> list[Formula]:
         """Each group's formula; options may have changed since the last step."""
-        known = self._formulas if len(self._formulas) == len(self.param_groups) else repeat((None, None))
+        known = self._formulas if len(self._formulas) == len(groups) else repeat((None, None))
         chosen = self.defaults["formula"]
         names = self._names(chosen)
         current: list[Any] = []
-        for group, (options, formula) in zip(self.param_groups, known, strict=False):
+        for group, (options, formula) in zip(groups, known, strict=False):
             now = list(map(group.get, names))
             current.append((now, formula if now == options else self._formula_of(group, chosen)))
         self._formulas = current
@@ -173,6 +175,7 @@ class Optimizer(torch.optim.Optimizer):
                 group.setdefault(name, default)
             self._formula_of(group, defaults["formula"])
         super().__setstate__(state)
+        self.__dict__.setdefault("_turn", Turn())
         self._forget()
 
     # ---------------------------------------------------------------- a step
@@ -197,25 +200,44 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        formulas = self._current()
-        rates = list(map(_rate, self.param_groups))
-        params = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
+        claim = self._turn.claim(f"this {type(self).__name__}")
+        try:
+            self._step(list(self.param_groups))
+        finally:
+            del claim
+        return loss
+
+    def _step(self, groups: Sequence[Any]) -> None:
+        """Update the parameters of these groups.
+
+        What is bound is put away only once it is whole, so that nothing is left of a step that an exception
+        cuts off. (`torch.no_grad` is written in Python: cut off, it would stay. Nothing here needs it.)
+        """
+        formulas = self._current(groups)
+        rates = list(map(_rate, groups))
+        members = [list(group["params"]) for group in groups]
+        params = list(chain.from_iterable(members))
         grads = list(map(attrgetter("grad"), params))
         kinds = [formula.kind for formula in formulas]
         absent = bytes(map(is_, grads, repeat(None)))
-        binding = self._bindings.pop(absent, None)  # until the step has been made
+        bindings = self._bindings
+        binding = bindings.pop(absent, None)  # until the step has been made
         if binding is None or not binding.refresh(params, grads, kinds, self.state):
-            if binding is not None or len(self._bindings) >= KEPT:
-                self._bindings.clear()
-            with torch.no_grad():
-                binding = self._bind(params, grads, kinds)
+            if binding is not None or len(bindings) >= KEPT:
+                bindings.clear()
+            places = [(g, k) for g, alike in enumerate(members) for k in range(len(alike))]
+            binding = self._bind(places, params, grads, kinds)
         binding.step(formulas, rates)
-        self._bindings[absent] = binding
-        return loss
+        bindings[absent] = binding
 
-    def _bind(self, params: Sequence[Tensor], grads: Sequence[Any], kinds: Sequence[Kind]) -> Binding:
+    def _bind(
+        self,
+        places: Sequence[tuple[int, int]],
+        params: Sequence[Tensor],
+        grads: Sequence[Any],
+        kinds: Sequence[Kind],
+    ) -> Binding:
         """Look at everything, make the states that are missing, and bind what belongs together."""
-        places = [(g, k) for g, group in enumerate(self.param_groups) for k in range(len(group["params"]))]
         turns: dict[int, int] = {}  # how many times a parameter has come already
         devices = set()
         members: dict[Any, list[Member]] = {}
@@ -249,14 +271,18 @@ class Optimizer(torch.optim.Optimizer):
                 if name not in ADDED_LATER:
                     held, expected = ", ".join(state), ", ".join(names)
                     raise ValueError(f"state of {member.label} holds {held}; expected {expected}")
+        made: dict[str, Any] = {}
         for name in lacking:
             if name == "step":
-                state[name] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+                made[name] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             else:
-                like = param[:, :1] if kind.rule.per_row else param
-                state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
-        if kind.counted and not is_counter(state["step"]):  # as old checkpoints have it
-            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
+                like = param.detach()[:, :1] if kind.rule.per_row else param.detach()
+                made[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        if (
+            kind.counted and "step" not in made and not is_counter(state["step"])
+        ):  # as old checkpoints have it
+            made["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
+        state.update(made)  # all at once: half a state would be refused from then on
 
 
 def _renamed(options: Options, formula: str) -> dict[str, Any]:

@@ -388,8 +388,8 @@ _misses = _Misses()
 
 def _compiled() -> int:
     """How many kernels this thread had to compile so far."""
-    cuda_code = sys.modules.get("numba_opt.kernels.cuda_code")
-    return _misses.total + (cuda_code.how_many() if cuda_code else 0)
+    how_many = device.loaded("numba_opt.kernels.cuda_code", "how_many")
+    return _misses.total + (how_many() if how_many else 0)
 
 
 class _Work:
