@@ -20,8 +20,21 @@ MOST = 8  # processes of `-n auto`: each takes up to 1 GB
 collect_ignore_glob = ["numba_opt/kernels/cuda*.py"]
 
 
-def kernels_folder() -> Path:
-    """A folder for compiled kernels that the next run finds again, as do all processes of this one.
+def own_folder() -> Path:
+    """Where the suite keeps what the next run finds again; for somebody else's checkout a temporary one."""
+    folder = ROOT / ".pytest_cache"
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="numba_opt-tests-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+
+def kernels_folder(parent: Path) -> Path:
+    """Where all processes of a run keep their kernels.
 
     Each state of the kernels' sources has a folder of its own, for an edit compiles all of them anew; those
     that were not used for the longest time go.
@@ -29,25 +42,20 @@ def kernels_folder() -> Path:
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted((ROOT / "numba_opt" / "kernels").glob("*.py")):
         digest.update(path.read_bytes())
-    kept = ROOT / ".pytest_cache" / "kernels"
-    folder = kept / digest.hexdigest()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.utime(folder)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        older = sorted(kept.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in older[KEPT:]:
-            shutil.rmtree(path, ignore_errors=True)
-    except OSError:  # somebody else's checkout
-        folder = Path(tempfile.mkdtemp(prefix="numba_opt-kernels-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = parent / "kernels" / digest.hexdigest()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.utime(folder)
+    used = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in used[KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)
     return folder
 
 
-# Before Numba is imported; processes that are started find it in their environment.
+# Before Numba and Matplotlib are imported; processes that are started find it in their environment.
 if "NUMBA_CACHE_DIR" not in os.environ:
-    os.environ["NUMBA_CACHE_DIR"] = str(kernels_folder())
+    own = own_folder()
+    os.environ["NUMBA_CACHE_DIR"] = str(kernels_folder(own))
+    os.environ.setdefault("MPLCONFIGDIR", str(own / "matplotlib"))
 
 # Shells start programs in the background with SIGINT ignored, and these hand that on to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -35,7 +35,7 @@ def environment(root=ROOT, **env):
     return {**os.environ, "PYTHONPATH": searched, **{name: str(value) for name, value in env.items()}}
 
 
-def printed(script, *args, python=sys.executable, options=(), timeout=300, cwd=None, root=ROOT, **env):
+def printed(script, *args, python=sys.executable, options=(), timeout=600, cwd=None, root=ROOT, **env):
     """What a script prints: a text, or the path of a file that it is in. It must end well."""
     given = ["-c", script] if isinstance(script, str) else [str(script)]
     done = subprocess.run(
