@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numba_opt
@@ -34,7 +35,7 @@ def environment(root=ROOT, **env):
     return {**os.environ, "PYTHONPATH": searched, **{name: str(value) for name, value in env.items()}}
 
 
-def printed(script, *args, python=sys.executable, options=(), timeout=300, cwd=None, root=ROOT, **env):
+def printed(script, *args, python=sys.executable, options=(), timeout=600, cwd=None, root=ROOT, **env):
     """What a script prints: a text, or the path of a file that it is in. It must end well."""
     given = ["-c", script] if isinstance(script, str) else [str(script)]
     done = subprocess.run(
@@ -53,3 +54,12 @@ def printed(script, *args, python=sys.executable, options=(), timeout=300, cwd=N
 def result(script, *args, **settings):
     """The JSON that a script prints last; settings as for `printed`."""
     return json.loads(printed(script, *args, **settings).splitlines()[-1])
+
+
+def awaited(happened, what, seconds=300):
+    """Wait until something has happened, and return what it is; a busy machine may take long."""
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < end, f"waited {seconds} seconds for {what}"
+        time.sleep(0.02)
+    return found
