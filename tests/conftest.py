@@ -1,6 +1,5 @@
 """Settings that every test shares."""
 
-import os
 import signal
 from importlib.util import find_spec
 
@@ -15,7 +14,5 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["golden/make_golden.py"]  # needs MXNet
-if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
-    collect_ignore += ["cuda_host.py", "simulated"]  # once imported, these are in a real driver's place
 if find_spec("torch") is None:
     collect_ignore += ["cuda_torch.py"]
