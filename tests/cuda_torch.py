@@ -77,7 +77,7 @@ def _know(tensor):
 
 
 def _let_go(driver, memory, storage, start):
-    """Memory is a GPU's for as long as there are tensors in it, or something that is yet to be done with it."""
+    """Memory is a GPU's while there are tensors in it, or something is yet to be done with it."""
 
     def done(storage=storage):
         if not _held[start]:

@@ -1,1 +1,1 @@
-"""What the package does on a GPU, which is one that `tests.ptx` plays: compiled kernels, the CPU's results."""
+"""The package on a GPU, which `tests.ptx` plays: compiled kernels run, and give the CPU's results."""

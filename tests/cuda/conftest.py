@@ -17,5 +17,7 @@ def driver(request):
     from ..ptx.driver import Driver, installed
 
     options = [mark.kwargs for mark in request.node.iter_markers("device")]
-    with installed(Driver(**{name: value for mark in reversed(options) for name, value in mark.items()})) as made:
+    with installed(
+        Driver(**{name: value for mark in reversed(options) for name, value in mark.items()})
+    ) as made:
         yield made

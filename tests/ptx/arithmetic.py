@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .faults import Fault
+from .faults import KernelError
 from .parsing import TYPES
 
 NAN = {
@@ -61,7 +61,7 @@ def remainder(a: Any, b: Any) -> Any:
 
 def _refuse_zero(b: Any) -> None:
     if np.any(b == 0):
-        raise Fault("an integer is divided by zero")
+        raise KernelError("an integer is divided by zero")
 
 
 def inserted(bits: Any, base: Any, at: Any, length: Any) -> Any:
@@ -182,8 +182,9 @@ def _table() -> dict[str, Form]:
     for kind in ("b32", "b64"):
         add(f"bfi.{kind}", kind, (kind, kind, "u32", "u32"), inserted)
     add("prmt.b32", "b32", ("b32", "b32", "b32"), permuted)
-    for kind in ("f32", "f64"):
+    for kind in ("f16", "f32", "f64"):
         sums(kind, ".rn", real, ".rn")
+    for kind in ("f32", "f64"):
         add(f"div.rn.{kind}", kind, (kind, kind), real(lambda a, b: a / b))
         add(f"sqrt.rn.{kind}", kind, (kind,), real(np.sqrt))
         add(f"abs.{kind}", kind, (kind,), np.abs)  # of a NaN, too, it changes the sign alone
@@ -195,7 +196,7 @@ def _table() -> dict[str, Form]:
                 add(f"cvt.rn.{kind}.{sign}{bits}", kind, (f"{sign}{bits}",), to(kind))
         for target in ("u32", "s32"):
             add(f"cvt.rzi.{target}.{kind}", target, (kind,), toward_zero(TYPES[target]))
-    integers = [f"{sign}{bits}" for sign in "us" for bits in (8, 16, 32, 64)]
+    integers = [f"{sign}{bits}" for sign in "us" for bits in (16, 32, 64)]
     for target in integers:
         for source in integers:
             add(f"cvt.{target}.{source}", target, (source,), to(target))

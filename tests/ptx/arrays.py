@@ -1,4 +1,4 @@
-"""CUDA arrays for tests: what they hold is in a device's memory, where only the test that plays it can look."""
+"""CUDA arrays for tests: what they hold is in a device's memory, where only tests can look."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ class DeviceArray:
         content = np.asarray(content)
         self._kind = content.dtype
         self.number, self.read_only = number, read_only
-        self.dtype, self.shape, self.size, self.ndim = content.dtype, content.shape, content.size, content.ndim
+        self.dtype, self.shape, self.size, self.ndim = (
+            content.dtype,
+            content.shape,
+            content.size,
+            content.ndim,
+        )
         self.strides = np.empty(content.shape, content.dtype).strides
         self._place(content)
 

@@ -4,7 +4,7 @@ What streams are given is put in a queue, and done when somebody waits for it, o
 take turns as they like, except where one waits for an event. So a wait that is missing shows sooner or later,
 by a seed that makes it show again. There is no default stream that waits for others of itself.
 
-Like the real one this says what went wrong by numbers, and raises nothing. But a `Fault` of a kernel goes to
+Like the real one this says what went wrong by numbers, and raises nothing. But a `KernelError` of a kernel goes to
 whoever comes next, again and again, until the test is over.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from . import library
-from .faults import Fault
-from .memory import FIRST, PROCESS, DeviceMemory
+from .faults import KernelError
+from .memory import PROCESS, DeviceMemory
 from .scheduling import Run
 
 INVALID, NO_CONTEXT, HANDLE, CAPTURE, ISOLATION = 1, 201, 400, 900, 905
@@ -221,7 +220,7 @@ class Driver:
     def _memory_at(self, address: int) -> DeviceMemory:
         found = next((memory for memory in self.memories if memory.owns(address)), None)
         if found is None:
-            raise Fault(f"no device has anything at {address:#x}")
+            raise KernelError(f"no device has anything at {address:#x}")
         return found
 
     def _submit(self, stream: int, act: Callable[[], None], name: str) -> tuple[int]:
@@ -381,7 +380,9 @@ class Driver:
         def act() -> None:
             memory = self._pinned.get(source)
             if memory is None or len(memory) < size:
-                raise Fault(f"{size} bytes at {source:#x} are copied, which are no pinned memory by now")
+                raise KernelError(
+                    f"{size} bytes at {source:#x} are copied, which are no pinned memory by now"
+                )
             self._checked(address, size)[:] = memory[:size]
 
         return self._submit(stream, act, "copy")
@@ -405,7 +406,7 @@ class Driver:
         """Bytes of a device that must be there."""
         memory = self._memory_at(address)
         if not memory.holds(address, size):
-            raise Fault(f"{size} bytes at {address:#x} are not within one allocation")
+            raise KernelError(f"{size} bytes at {address:#x} are not within one allocation")
         return memory.view(address, size)
 
     def cuModuleLoadData(self, image: Any) -> tuple[int, Any]:
@@ -461,7 +462,9 @@ def installed(driver: Driver) -> Iterator[Driver]:
     def compiled(kernel: Any, capability: tuple[int, int]) -> Any:
         program = library.program(kernel, capability)
         if len(program.params) != kernel.integers + kernel.reals:
-            raise Fault(f"{program.title} takes {len(program.params)} arguments, which its `Kernel` does not say")
+            raise KernelError(
+                f"{program.title} takes {len(program.params)} arguments, which its `Kernel` does not say"
+            )
         return SimpleNamespace(name=program.name, cubin=program)
 
     caches = (cuda_arrays.kernels, cuda_driver.start, cuda_driver.device)

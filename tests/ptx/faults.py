@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 
-class Fault(AssertionError):
+class KernelError(AssertionError):
     """A kernel, or who launched it, did what must not be done."""
 
 
-class Race(Fault):
+class OrderError(KernelError):
     """What a kernel leaves behind depends on which of two threads comes first."""
 
 
-class UnknownForm(NotImplementedError):
+class UnknownFormError(NotImplementedError):
     """An instruction that nobody has taught this interpreter."""

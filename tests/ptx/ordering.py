@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .faults import Race
+from .faults import OrderError
 
 if TYPE_CHECKING:
     from .scheduling import Run
@@ -28,14 +28,14 @@ class Log:
         self.everyone = np.arange(lanes)
         self._met = {"block": np.zeros(lanes, "i4"), "warp": np.zeros(lanes, "i4")}
 
-    def note(self, key: int, places: Any, I: Any, size: int, count: int, values: Any) -> None:  # noqa: E741
-        met = [one if I is None else one[I] for one in self._met.values()]
-        self.entries.append((key, places, self.everyone if I is None else I, size, count, values, met))
+    def note(self, key: int, places: Any, who: Any, size: int, count: int, values: Any) -> None:
+        met = [one if who is None else one[who] for one in self._met.values()]
+        self.entries.append((key, places, self.everyone if who is None else who, size, count, values, met))
         self.writes |= values is not None
 
-    def met(self, what: str, I: Any) -> None:  # noqa: E741
+    def met(self, what: str, who: Any) -> None:
         counts = self._met[what] = self._met[what].copy()  # entries have the earlier ones
-        counts[slice(None) if I is None else I] += 1
+        counts[slice(None) if who is None else who] += 1
 
 
 class Accesses:
@@ -100,15 +100,15 @@ def check(run: Run) -> None:
     if not len(found.place):
         return
     block, warp = run.block[found.lane], run.warp[found.lane]
-    for what, who, together in (
+    for what, by, together in (
         ("blocks", block, [found.place]),
         ("warps of a block", warp, [found.place, block, found.block_met]),
         ("threads of a warp", found.lane, [found.place, warp, found.block_met, found.warp_met]),
     ):
         groups = Groups(*together)
-        bad = _conflicts(groups, who, found)
+        bad = _conflicts(groups, by, found)
         if bad.any():
-            raise Race(_told(run, found, groups, bad, what))
+            raise OrderError(_told(run, found, groups, bad, what))
 
 
 def _leave_out_harmless(found: Accesses) -> None:

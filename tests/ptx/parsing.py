@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .faults import UnknownForm
+from .faults import UnknownFormError
 
 TYPES = {
     **{f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "ub" for bits in (8, 16, 32, 64)},
@@ -42,7 +42,7 @@ class Kernel:
 
     Raises
     ------
-    UnknownForm
+    UnknownFormError
         There is something in it that is neither an instruction nor known to mean nothing.
     """
 
@@ -51,7 +51,7 @@ class Kernel:
         head, body = body.split("{", 1)
         for line in before.splitlines():
             if line.strip() and not line.strip().startswith("//") and not _DIRECTIVES.match(line.strip()):
-                raise UnknownForm(line)
+                raise UnknownFormError(line)
         self.name = head[: head.index("(")].strip()
         self.params = re.findall(r"\.param \.(\w+) (\w+)", head)
         self.shared, self.shared_size = _shared(text)
@@ -76,7 +76,7 @@ class Kernel:
             args = tuple(arg.strip() for arg in _ARGUMENT.findall(found[4]))
             self.instructions.append(Instruction(found[3], found[3].split(".")[0], args, guard, number, part))
         else:
-            raise UnknownForm(part)
+            raise UnknownFormError(part)
 
     def _cut(self) -> None:
         """Blocks begin at labels, after branches, and around what threads wait at."""

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import FORMS, joined
-from .faults import UnknownForm
+from .faults import UnknownFormError
 from .parsing import MEETINGS, TYPES, Instruction, Kernel
 
 END = 1 << 30  # the number of the block that comes after a kernel
 
-SPECIAL = {"%tid.x": "tid", "%ctaid.x": "ctaid", "%ntid.x": "ntid", "%nctaid.x": "nctaid", "%laneid": "laneid"}
+SPECIAL = {f"%{name}.x": name for name in ("tid", "ctaid", "ntid", "nctaid")} | {"%laneid": "laneid"}
 _PLACE = re.compile(r"\[([%\w]+)((?:[+-]\d+)?)\]")
 
 
@@ -67,6 +67,8 @@ class Program(Kernel):
         """Which registers an instruction reads and writes."""
         groups = [self.names_in(arg) for arg in one.args]
         writes = one.operation not in ("st", "bra", "ret", "bar")
+        if writes and not one.args:
+            raise UnknownFormError(one.text)
         wrote, groups = (groups[0], groups[1:]) if writes else ([], groups)
         read = [name for group in groups for name in group]
         return [*read, *([one.guard[0]] if one.guard else [])], wrote
@@ -78,7 +80,7 @@ class Translation:
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.constants: dict[str, Any] = {"choose": choose, "np": np, "joined": joined}
-        self.lines = [f"def block_{number}(run, I, n):"]
+        self.lines = [f"def block_{number}(run, who, n):"]
         self._types: dict[str, np.dtype] = {}  # of the local variables
         self._changed: set[str] = set()
         following = number + 1 if number + 1 < len(program.blocks) else END
@@ -92,7 +94,7 @@ class Translation:
             else:
                 self._statement()
         for name in sorted(self._changed & program.kept):
-            self._emit(f"run.put({name!r}, I, {self._cast(name, program.registers[name])})")
+            self._emit(f"run.put({name!r}, who, {self._cast(name, program.registers[name])})")
         self._emit(f"return {after}")
 
     def _emit(self, line: str) -> None:
@@ -101,7 +103,7 @@ class Translation:
     def _branch(self, following: int) -> str:
         one = self._one
         if one.form not in ("bra", "bra.uni") or one.args[0] not in self.program.labels:
-            raise UnknownForm(one.text)
+            raise UnknownFormError(one.text)
         target = self.program.labels[one.args[0]]
         if one.guard is None:
             return str(target)
@@ -111,18 +113,18 @@ class Translation:
 
     # ------------------------------------------------------------ operands and results
 
-    def _operand(self, arg: str, kind: str) -> str:
-        """An argument as an expression of a type."""
+    def _operand(self, arg: str, kind: str, loose: bool = False) -> str:
+        """An argument as an expression of a type; with `loose` its register may be a wider one."""
         wanted = TYPES[kind]
         if arg in self.program.registers:
             if arg not in self._types:
                 self._types[arg] = self.program.registers[arg]
-                self._emit(f"{local(arg)} = run.get({arg!r}, I)")
-            return self._cast(arg, wanted)
+                self._emit(f"{local(arg)} = run.get({arg!r}, who)")
+            return self._cast(arg, wanted, loose)
         if arg in SPECIAL:
             if wanted != np.dtype("u4"):
-                raise UnknownForm(self._one.text)
-            return f"run.special({SPECIAL[arg]!r}, I)"
+                raise UnknownFormError(self._one.text)
+            return f"run.special({SPECIAL[arg]!r}, who)"
         return self._constant(arg, wanted)
 
     def _constant(self, arg: str, wanted: np.dtype) -> str:
@@ -132,11 +134,11 @@ class Translation:
         elif re.fullmatch("0f[0-9A-Fa-f]{8}|0d[0-9A-Fa-f]{16}", arg):
             bits = int(arg[2:], 16)
             if 2 * wanted.itemsize != len(arg) - 2:
-                raise UnknownForm(self._one.text)
+                raise UnknownFormError(self._one.text)
         elif re.fullmatch(r"-?\d+|0x[0-9A-Fa-f]+", arg.rstrip("U")):
             bits = int(arg.rstrip("U"), 0)
         else:
-            raise UnknownForm(self._one.text)
+            raise UnknownFormError(self._one.text)
         if wanted.kind == "b":
             value = np.bool_(bits)
         else:
@@ -146,13 +148,14 @@ class Translation:
         self.constants[name] = value
         return name
 
-    def _cast(self, name: str, wanted: np.dtype) -> str:
+    def _cast(self, name: str, wanted: np.dtype, loose: bool = False) -> str:
         """A local variable's bits, or as many of the lowest ones as there are, as another type."""
         own, text = self._types[name], local(name)
         if own == wanted:
             return text
-        if "b" in (own.kind, wanted.kind) or own.itemsize < wanted.itemsize:
-            raise UnknownForm(self._one.text)
+        fits = own.itemsize >= wanted.itemsize if loose else own.itemsize == wanted.itemsize
+        if "b" in (own.kind, wanted.kind) or not fits:
+            raise UnknownFormError(self._one.text)
         if own.itemsize > wanted.itemsize:
             text, own = f"{self._as(text, own, f'u{own.itemsize}')}.astype('u{wanted.itemsize}')", None
         return self._as(text, own, wanted.str[1:])
@@ -171,7 +174,7 @@ class Translation:
             given = np.dtype(f"{sign}{own.itemsize}")
             text = f"{text}.astype('{given.str[1:]}')"
         if given.itemsize != own.itemsize or (given.kind == "b") != (own.kind == "b"):
-            raise UnknownForm(self._one.text)
+            raise UnknownFormError(self._one.text)
         self._emit(f"{local(name)} = {text}")
         self._types[name] = given
         self._changed.add(name)
@@ -187,23 +190,25 @@ class Translation:
         elif one.form in FORMS:
             form = FORMS[one.form]
             if len(one.args) != 1 + len(form.operands) or one.args[0] not in self.program.registers:
-                raise UnknownForm(one.text)
+                raise UnknownFormError(one.text)
             function = "f_" + one.form.replace(".", "_")
             self.constants[function] = form.function
-            operands = [self._operand(a, kind) for a, kind in zip(one.args[1:], form.operands, strict=True)]
+            loose = one.operation == "cvt"
+            pairs = zip(one.args[1:], form.operands, strict=True)
+            operands = [self._operand(arg, kind, loose) for arg, kind in pairs]
             text = f"{function}({', '.join(operands)})"
             if not any(a in self.program.registers or a in SPECIAL for a in one.args[1:]):
                 text = f"np.full(n, {text})"
-            self._assign(one.args[0], text, form.result, one.operation == "cvt")
+            self._assign(one.args[0], text, form.result, loose)
         else:
-            raise UnknownForm(one.text)
+            raise UnknownFormError(one.text)
 
     def _pack(self) -> None:
         """Two halves become one register, or one becomes two, either of which may be nobody's."""
         (target, source), one = self._one.args, self._one
         kind = one.form.split(".", 1)[1]
         if kind not in ("b32", "b64"):
-            raise UnknownForm(one.text)
+            raise UnknownFormError(one.text)
         bits = int(kind[1:]) // 2
         if source[0] == "{":
             halves = (self._operand(name.strip(), f"b{bits}") for name in source[1:-1].split(","))
@@ -219,12 +224,12 @@ class Translation:
         one, program = self._one, self.program
         found = re.fullmatch(r"(ld|st)\.(global|shared|param)(\.v[24])?\.([bufs]\d+)", one.form)
         if found is None or found[4] == "f16":
-            raise UnknownForm(one.text)
+            raise UnknownFormError(one.text)
         what, space, _, kind = found.groups()
         place, names = one.args if what == "st" else one.args[::-1]
         names = [name.strip() for name in names.strip("{}").split(",")]
         if len(names) != int((found[3] or ".v1")[2:]):
-            raise UnknownForm(one.text)
+            raise UnknownFormError(one.text)
         base, offset = _PLACE.fullmatch(place.replace("+-", "-")).groups()
         if space == "param":
             self._parameter(base, offset, names, what)
@@ -235,23 +240,23 @@ class Translation:
             where = f"np.full(n, {program.shared[base] + int(offset or 0)}, 'i8')"
         size = TYPES[kind].itemsize
         if what == "st":
-            values = [self._operand(name, f"b{8 * size}") for name in names]
-            self._emit(f"run.store_{space}({self._key}, {where}, I, {size}, [{', '.join(values)}])")
+            values = [self._operand(name, f"b{8 * size}", True) for name in names]
+            self._emit(f"run.store_{space}({self._key}, {where}, who, {size}, [{', '.join(values)}])")
             return
-        self._emit(f"got = run.load_{space}({self._key}, {where}, I, {size}, {len(names)})")
+        self._emit(f"got = run.load_{space}({self._key}, {where}, who, {size}, {len(names)})")
         for k, name in enumerate(names):
             self._assign(name, self._as(f"got[{k}]", np.dtype(f"u{size}"), TYPES[kind].str[1:]), kind, True)
 
     def _parameter(self, base: str, offset: str, names: list[str], what: str) -> None:
         numbers = [k for k, (_, name) in enumerate(self.program.params) if name == base]
         if what == "st" or offset or len(names) != 1 or not numbers:
-            raise UnknownForm(self._one.text)
+            raise UnknownFormError(self._one.text)
         self._assign(names[0], f"run.param({numbers[0]}, n)", self.program.params[numbers[0]][0])
 
 
 def _refuse_guard(one: Instruction) -> None:
     if one.guard:
-        raise UnknownForm(one.text)
+        raise UnknownFormError(one.text)
 
 
 def local(name: str) -> str:
