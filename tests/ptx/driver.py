@@ -4,8 +4,8 @@ What streams are given is put in a queue, and done when somebody waits for it, o
 take turns as they like, except where one waits for an event. So a wait that is missing shows sooner or later,
 by a seed that makes it show again. There is no default stream that waits for others of itself.
 
-Like the real one this says what went wrong by numbers, and raises nothing. But a `KernelError` of a kernel goes to
-whoever comes next, again and again, until the test is over.
+Like the real one this says what went wrong by numbers, and raises nothing. But what a kernel does wrong
+is raised at whoever comes next, again and again, until the test is over.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compiled kernels, kept from test to test and from run to run, by several processes at once.
 
-Compiling one takes some half a second. They are in a folder of the suite's own (that of pytest's cache), under
-the same keys as the package's own cache has, and taken apart already.
+Compiling one takes some half a second. They are in a folder of the suite's own (that of pytest's cache),
+under the same keys as the package's own cache has, and taken apart already.
 """
 
 from __future__ import annotations

@@ -138,9 +138,10 @@ class Run:
         if bad is not None:
             one = self.program.instructions[key]
             lane = int(bad[0] if who is None else who[bad[0]])
+            where = f"thread {lane % self.threads} of block {lane // self.threads}"
             raise KernelError(
-                f"line {one.line}: {one.text}: {what}: {int(places[bad[0]]):#x}, as thread {lane % self.threads} "
-                f"of block {lane // self.threads} has it, and {len(bad) - 1} others; {self.program.name[:80]}"
+                f"line {one.line}: {one.text}: {what}: {int(places[bad[0]]):#x}, by {where} "
+                f"and {len(bad) - 1} others; {self.program.name[:80]}"
             )
 
     def _note(self, key: int, places: Any, who: Any, size: int, count: int, values: Any) -> None:

@@ -236,17 +236,18 @@ def test_division_by_zero(form):
         *("fma.rn.f32 %f1, %f2, %f3, %f4;", "add.f32 %f1, %f2, %f3;", "add.rz.f32 %f1, %f2, %f3;"),
         *("sqrt.approx.f32 %f1, %f2;", "div.full.f32 %f1, %f2, %f3;", "cvt.rz.f16.f32 %rs1, %f2;"),
         *("add.rn.ftz.f32 %f1, %f2, %f3;", "ld.volatile.global.u32 %r3, [%rd3];", "ld.u32 %r3, [%rd3];"),
-        *("ld.local.u32 %r3, [%rd3];", "atom.global.add.u32 %r3, [%rd3], 1;", "setp.lt.and.s32 %p1, %r1, 0, %p2;"),
+        *("ld.local.u32 %r3, [%rd3];", "atom.global.add.u32 %r3, [%rd3], 1;"),
+        "setp.lt.and.s32 %p1, %r1, 0, %p2;",
         *("membar.gl;", "shfl.sync.up.b32 %r3, %r4, 1, 0, -1;", "shfl.sync.bfly.b32 %r3, %r1, 1, 31, 1;"),
-        *("bar.sync 1;", "vote.sync.any.pred %p1, %p2, -1;", "@%p1 add.s32 %r3, %r1, 1;", "mov.u32 %r3, %clock;"),
+        *("bar.sync 1;", "vote.sync.any.pred %p1, %p2, -1;", "@%p1 add.s32 %r3, %r1, 1;"),
+        "mov.u32 %r3, %clock;",
         *("add.s32 %r3, %r1, %rd1;", "cvt.u32.u64 %r3, %r1;", "mul.hi.u32 %r3, %r1, %r2;", "exit;"),
     ],
 )  # fmt: skip
 def test_what_is_not_known(line):
+    before = "setp.eq.u32 %p2, %r1, 0;\nmov.f32 %f2, 0f3F800000;\n"
     with pytest.raises(UnknownFormError):
-        kernels.run(
-            kernels.program("setp.eq.u32 %p2, %r1, 0;\nmov.f32 %f2, 0f3F800000;\n" + line), np.zeros(64, "u4")
-        )
+        kernels.run(kernels.program(before + line), np.zeros(64, "u4"))
 
 
 @pytest.mark.parametrize(
