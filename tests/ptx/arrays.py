@@ -32,7 +32,7 @@ class DeviceArray:
         self.address = driver.current().put(self.number, content.nbytes, content.ctypes.data % ACCESS)
         self._end = weakref.finalize(self, driver.current().drop, self.address)
         self._end.atexit = False
-        self.array[...] = content
+        self._view(driver.current().memories[self.number])[...] = content  # which nobody uses yet
 
     @classmethod
     def part(cls, whole: DeviceArray, index: Any) -> DeviceArray:
@@ -56,7 +56,9 @@ class DeviceArray:
     @property
     def array(self) -> np.ndarray:
         """What it holds, once the device is done, to be looked at and changed."""
-        memory = driver.current().settled(self.number)
+        return self._view(driver.current().settled(self.number))
+
+    def _view(self, memory: Any) -> np.ndarray:
         if not self.size:
             return np.empty(self.shape, self._kind)
         last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))

@@ -180,6 +180,8 @@ class Driver:
 
     def _give(self, number: int, stream: int, act: Any, needs: Operation | None = None) -> Operation:
         """Put something into a stream's queue. By chance, some of what waits is done at once."""
+        if self.failed is not None:
+            raise self.failed
         operation = Operation(act, needs)
         self._queues[number, stream].append(operation)
         if self.random.random() < 0.25:

@@ -11,7 +11,7 @@ from .faults import KernelError, OrderError
 # %rd6 is the thread's own place in shared memory.
 OWN = "mul.wide.u32 %rd4, %r1, 4;\nmov.u64 %rd5, held;\nadd.s64 %rd6, %rd5, %rd4;\n"
 
-# Each thread leaves its number in shared memory and takes the one of the thread that is opposite in its block.
+# Each thread leaves its number in shared memory and takes that of the thread opposite it in its block.
 EXCHANGE = (
     OWN
     + """
