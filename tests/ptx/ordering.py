@@ -7,6 +7,7 @@ threads may write the same value, and one thread's own accesses are in its progr
 
 from __future__ import annotations
 
+import bisect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,10 +44,10 @@ class Accesses:
 
     NAMES = ("place", "lane", "wrote", "value", "key", "block_met", "warp_met")
 
-    def __init__(self, log: Log) -> None:
-        unit = min(entry[3] for entry in log.entries)
+    def __init__(self, entries: list[tuple[Any, ...]]) -> None:
+        unit = min(entry[3] for entry in entries)
         parts: list[list[Any]] = [[] for _ in self.NAMES]
-        for key, places, lanes, size, count, values, met in log.entries:
+        for key, places, lanes, size, count, values, met in entries:
             n = len(lanes)
             for k in range(count):
                 for at in range(0, size, unit):
@@ -95,7 +96,7 @@ def check(run: Run) -> None:
     log = run.log
     if log is None or not log.writes:
         return
-    found = Accesses(log)
+    found = Accesses(_near_writes(log.entries))
     _leave_out_harmless(found)
     if not len(found.place):
         return
@@ -109,6 +110,23 @@ def check(run: Run) -> None:
         bad = _conflicts(groups, by, found)
         if bad.any():
             raise OrderError(_told(run, found, groups, bad, what))
+
+
+def _near_writes(entries: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The accesses that lie where something is written, more or less."""
+    spans = [
+        (int(places.min()), int(places.max()) + size * count) for _, places, _, size, count, *_ in entries
+    ]
+    written = sorted(span for span, entry in zip(spans, entries, strict=True) if entry[5] is not None)
+    starts, ends, end = [start for start, _ in written], [], 0
+    for _, own in written:
+        ends.append(end := max(end, own))
+
+    def near(first: int, last: int) -> bool:
+        k = bisect.bisect_left(starts, last) - 1
+        return k >= 0 and ends[k] > first
+
+    return [entry for entry, span in zip(entries, spans, strict=True) if near(*span)]
 
 
 def _leave_out_harmless(found: Accesses) -> None:

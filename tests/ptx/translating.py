@@ -7,6 +7,7 @@ registers is put down at a block's end; within it, registers are Python's local 
 
 from __future__ import annotations
 
+import marshal
 import re
 from typing import Any
 
@@ -23,15 +24,25 @@ _PLACE = re.compile(r"\[([%\w]+)((?:[+-]\d+)?)\]")
 
 
 class Program(Kernel):
-    """A kernel that can be run, whose blocks become functions when they are first come to."""
+    """A kernel that can be run. Pickled, it has its functions' code with it."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.kept = self._kept()
-        for one in self.instructions:
-            if one.operation != "bra":
-                _refuse_guard(one)
-        self._functions: dict[int, Any] = {}
+        self._constants: dict[str, Any] = {}
+        self._forms: dict[str, str] = {}  # the functions of which forms go by which names
+        lines = []
+        for number, block in enumerate(self.blocks):
+            for one in block:
+                if one.operation != "bra" and one.guard:
+                    raise UnknownFormError(one.text)
+            if not self.meets_at(number):
+                made = Translation(self, number)
+                lines += made.lines
+                self._constants |= made.constants
+                self._forms |= made.forms
+        self._code = marshal.dumps(compile("\n".join(lines), f"<{self.name[:60]}>", "exec"))
+        self._functions: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_functions": {}}
@@ -42,12 +53,11 @@ class Program(Kernel):
 
     def function(self, block: int) -> Any:
         """The function of a block."""
-        found = self._functions.get(block)
-        if found is None:
-            made = Translation(self, block)
-            exec(compile("\n".join(made.lines), f"<{self.name[:60]}>", "exec"), made.constants)
-            found = self._functions[block] = made.constants[f"block_{block}"]
-        return found
+        if not self._functions:
+            forms = {name: FORMS[form].function for name, form in self._forms.items()}
+            self._functions = {"choose": choose, "np": np, "joined": joined, **self._constants, **forms}
+            exec(marshal.loads(self._code), self._functions)
+        return self._functions[f"block_{block}"]
 
     def _kept(self) -> set[str]:
         """The registers that some block finds as an earlier one has left them."""
@@ -79,7 +89,8 @@ class Translation:
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
-        self.constants: dict[str, Any] = {"choose": choose, "np": np, "joined": joined}
+        self.constants: dict[str, Any] = {}
+        self.forms: dict[str, str] = {}
         self.lines = [f"def block_{number}(run, who, n):"]
         self._types: dict[str, np.dtype] = {}  # of the local variables
         self._changed: set[str] = set()
@@ -192,7 +203,7 @@ class Translation:
             if len(one.args) != 1 + len(form.operands) or one.args[0] not in self.program.registers:
                 raise UnknownFormError(one.text)
             function = "f_" + one.form.replace(".", "_")
-            self.constants[function] = form.function
+            self.forms[function] = one.form
             loose = one.operation == "cvt"
             pairs = zip(one.args[1:], form.operands, strict=True)
             operands = [self._operand(arg, kind, loose) for arg, kind in pairs]
@@ -252,11 +263,6 @@ class Translation:
         if what == "st" or offset or len(names) != 1 or not numbers:
             raise UnknownFormError(self._one.text)
         self._assign(names[0], f"run.param({numbers[0]}, n)", self.program.params[numbers[0]][0])
-
-
-def _refuse_guard(one: Instruction) -> None:
-    if one.guard:
-        raise UnknownFormError(one.text)
 
 
 def local(name: str) -> str:
