@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import pytest
+
+collect_ignore = [] if find_spec("torch") else ["test_torch_front.py"]
 
 NEEDS = "needs the package numba-cuda: pip install 'numba_opt[cuda]'"
 
@@ -14,10 +17,18 @@ def driver(request):
     """The driver that the package has during a test; ``@pytest.mark.device(...)`` gives its options."""
     if find_spec("numba_cuda") is None:
         pytest.skip(NEEDS)
+    from ..ptx import coverage
     from ..ptx.driver import Driver, installed
 
-    options = [mark.kwargs for mark in request.node.iter_markers("device")]
-    with installed(
-        Driver(**{name: value for mark in reversed(options) for name, value in mark.items()})
-    ) as made:
+    options = {}
+    for mark in request.node.iter_markers("device"):
+        options = mark.kwargs | options  # the nearest one counts
+    with installed(Driver(**options)) as made:
         yield made
+    coverage.note(made.covered)
+
+
+def pytest_sessionfinish():
+    """Note which basic blocks were run; see `tests.ptx.coverage`."""
+    if "tests.ptx.coverage" in sys.modules:
+        sys.modules["tests.ptx.coverage"].save()

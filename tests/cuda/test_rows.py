@@ -344,9 +344,9 @@ def test_another_mode_from_now_on():
 # ---------------------------------------------------------------- errors
 
 
-def changed(**arrays):
+def changed(**others):
     grad = on_gpu(csr())
-    for name, array in arrays.items():
+    for name, array in others.items():
         setattr(grad, name, arrays.on_gpu(array))
     return grad
 

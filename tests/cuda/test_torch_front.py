@@ -150,7 +150,7 @@ def test_groups_closures_and_schedulers():
     assert pairs[0][0].state[gpu[1]]["step"] == 3
 
 
-def test_duplicates_take_a_step_for_each_time():
+def test_duplicates_take_a_step_for_each_time(driver):
     gpu, cpu = parameters([(4,), (3,)])
     with pytest.warns(UserWarning, match="duplicate parameters"):
         one, two = front.Adamax([*gpu, gpu[0]]), front.Adamax([*cpu, cpu[0]])
@@ -158,6 +158,7 @@ def test_duplicates_take_a_step_for_each_time():
         give(k, gpu, cpu)
         one.step()
         two.step()
+    driver.reads = 0  # the second time, a buffer had to grow
     agree(one, two)
 
 
@@ -349,6 +350,28 @@ def test_what_cannot_be_captured(driver):
     assert not driver.launches
     assert not fresh.state[gpu[0]]
     table.assert_bits(content(used), before)
+
+
+def test_what_is_warmed_up(driver):
+    """Whatever the front launches is among what `warmup` compiles for the optimizer that it belongs to."""
+    from numba_opt.kernels import cuda as loops
+    from numba_opt.warmup import _instances, cuda_kernels
+
+    classes = [*TORCH, (front.GroupAdaGrad, {"formula": "mxnet"}), (front.FTML, {"formula": "mxnet"})]
+    ready = {
+        getattr(loops, kernel)(*args).key
+        for kernel, *args in cuda_kernels(_instances([cls.own for cls, _ in classes]), ["f4"], sparse=True)
+    }
+    for cls, options in classes:
+        gpu, cpu = parameters([(9, 6), (4, 3)])
+        give(0, gpu, cpu)
+        gpu[0].grad = sparse_on_gpu(coo([7, 2, 7]))
+        optimizer = cls(gpu, **options)
+        optimizer.step()
+        gpu[0].grad = sparse_on_gpu(coo([7, 2], coalesced=True))
+        optimizer.step()
+    driver.finish()
+    assert {program.key for program in driver.covered} <= ready
 
 
 # ---------------------------------------------------------------- memory

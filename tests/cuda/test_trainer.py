@@ -462,9 +462,9 @@ def part_of(array):
          lambda w, g, s: ([w[0], w[1].array], g, s)),
     ],
 )  # fmt: skip
-def test_bad_arrays(error, message, change):
+def test_bad_arrays(driver, error, message, change):
     row = table.row("adamax")
-    refused(row, table.make(row, [(5, 7), (8, 16)]), error, message, change)
+    refused(driver, row, table.make(row, [(5, 7), (8, 16)]), error, message, change)
 
 
 def test_other_refusals():

@@ -35,7 +35,7 @@ def _program(key: Any, capability: tuple[int, int], kernel: Any) -> Program:
     found = _programs.get((key, capability))
     if found is None:
         found = _programs[key, capability] = _from_disk(kernel, capability)
-        found.title, found.key = title(kernel), key
+        found.title, found.key, found.capability = title(kernel), key, capability
     return found
 
 

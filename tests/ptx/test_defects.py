@@ -335,7 +335,7 @@ def test_a_defect_is_caught(driver, monkeypatch, defect):
         text = re.sub(LAST, r"$L__done:\n\1", text)
         changed.append(kernel)
         found = Program(text)
-        found.title, found.key = library.title(kernel), kernel.key
+        found.title, found.key, found.capability = library.title(kernel), kernel.key, capability
         return found
 
     monkeypatch.setattr(library, "program", program)
