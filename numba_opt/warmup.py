@@ -20,13 +20,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba.core import event
 
-from . import cuda_arrays, device
+from . import adamax, cuda_arrays, device, execution, nag, rmsprop
+from .adamax import Adamax
 from .ftml import FTML
 from .kernels import cache, cpu, interrupts, merge, ndarray, threads
 from .nag import NAG
@@ -40,6 +42,17 @@ VARIANTS: dict[type[Optimizer], tuple[dict[str, Any], ...]] = {
     NAG: ({}, {"momentum": 0}),
     RMSProp: ({}, {"centered": True}),
     FTML: ({}, {"reduced": True}),
+}
+
+# The rules that `numba_opt.torch` has beside them, where torch's formulas are others.
+TORCH_RULES: dict[type[Optimizer], tuple[execution.Rule, ...]] = {
+    NAG: (execution.Rule(nag.torch_nag, 1, False),),
+    RMSProp: (
+        execution.Rule(rmsprop.momentum_rmsprop, 2, False),
+        execution.Rule(rmsprop.deviation_rmsprop, 2, False),
+        execution.Rule(rmsprop.momentum_deviation_rmsprop, 3, False),
+    ),
+    Adamax: (execution.Rule(adamax.torch_adamax, 2, False),),
 }
 
 CODES = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "b2"}
@@ -108,8 +121,8 @@ def warmup(
     Parameters
     ----------
     optimizers : Optimizer, class or name, or a list of these, optional
-        Classes and names mean all their variants, an instance means itself. Default: everything that is
-        registered and can be made without arguments.
+        Classes and names mean all their variants, on GPUs those of `numba_opt.torch` too if torch is there;
+        an instance means itself. Default: everything that is registered and can be made without arguments.
     dtypes : dtype or list of dtypes, default ("float32",)
         Of the parameters and their gradients: float32, float64, float16, bfloat16, by name or as objects.
         Half precision means with and without float32 copies of the weights; for an instance, as its
@@ -167,6 +180,7 @@ class Variant(NamedTuple):
 
     optimizer: Optimizer
     masters: tuple[bool, ...]  # whether half-precision weights have float32 copies: either, or both
+    torch: tuple[execution.Rule, ...] = ()  # what `numba_opt.torch` has for it beside its own rule
 
 
 def _instances(optimizers: Any) -> list[Variant]:
@@ -192,7 +206,9 @@ def _given(given: Any) -> list[Variant]:
 
 
 def _variants(cls: type[Optimizer]) -> list[Variant]:
-    return [Variant(cls(**options), (False, True)) for options in VARIANTS.get(cls, ({},))]
+    rules = TORCH_RULES.get(cls, ()) if find_spec("torch") is not None else ()
+    made = [Variant(cls(**options), (False, True)) for options in VARIANTS.get(cls, ({},))]
+    return [made[0]._replace(torch=rules), *made[1:]]
 
 
 def _codes(dtypes: Any) -> list[str]:
@@ -243,7 +259,7 @@ def _kernels(variants: Sequence[Variant], codes: Sequence[str], sparse: bool) ->
     yield from (Kernel("squares", (code,)) for code in codes)
     if sparse and set(codes) & set(HALF):  # sums of half-precision parts are float32
         yield Kernel("squares", ("f4",))
-    for optimizer, masters in variants:
+    for optimizer, masters, _ in variants:
         if optimizer.rule is not None:
             for code in codes:
                 for copied in masters if code in HALF else (False,):
@@ -285,7 +301,13 @@ def cuda_kernels(
         yield from (("keys", "i4"), ("keys", "i8"), ("merge",))
         for code in codes:
             yield from (("row_squares", "f8" if code == "f8" else "f4", form) for form in _forms(code))
-    for optimizer, masters in variants:
+    for optimizer, masters, torch in variants:
+        for rule in torch:
+            for code in codes:
+                own = " ".join([code] * (1 + rule.n_state))
+                yield ("dense", *rule, f"{code} {own}")
+                if sparse:
+                    yield from (("rows", *rule, own, form) for form in _forms(code))
         if optimizer.rule is None:
             continue
         rule = optimizer._rule()

@@ -1,6 +1,5 @@
 """Settings that every test shares."""
 
-import os
 from importlib.util import find_spec
 
 from hypothesis import settings
@@ -10,7 +9,5 @@ settings.register_profile("numba_opt", derandomize=True, database=None, deadline
 settings.load_profile("numba_opt")
 
 collect_ignore = ["golden/make_golden.py"]  # needs MXNet
-if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
-    collect_ignore += ["cuda_host.py", "simulated"]  # once imported, these are in a real driver's place
 if find_spec("torch") is None:
     collect_ignore += ["cuda_torch.py"]
