@@ -298,7 +298,7 @@ def test_new_gradients_at_each_step():
 
 def test_tensors_without_dlpacks_c_functions(monkeypatch):
     """torch before 2.10: tensors are asked one by one."""
-    monkeypatch.setattr(torch_tensors, "_asker", lambda: None)
+    monkeypatch.setattr(torch_tensors, "_functions", lambda: None)
     test_new_gradients_at_each_step()
     test_parameters_on_the_cpu_and_on_two_gpus()
     test_arrays_that_are_elsewhere()
