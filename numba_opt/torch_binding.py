@@ -29,6 +29,7 @@ from .torch_tensors import (
     laid_out,
     local,
     look,
+    nbytes,
     parts_of,
     placements,
     survey,
@@ -180,9 +181,24 @@ class Batch:
         self.item_sizes = np.array(sizes, np.uint64).T
         self.counters = np.array([x.data_ptr() for c in columns[n_column:] for x in c], np.uint64)
         self.held: Any = (work, columns)  # alive until the step has been made
-        self.ids = ndarray.objects(columns)
+        shown = [*work, *columns[n_column:]]  # the columns, but for what is worked on in copies
+        self.ids = ndarray.objects(shown)
         self.seen = unseen(self.ids, max(weight.ndim for weight in weights))
-        look(columns, self.ids, self.seen)
+        if look(shown, self.ids, self.seen) == ndarray.STRANGE or not self._as_seen(work):
+            raise TypeError(
+                f"tensors of {', '.join(self.labels[:5])} do not lie where their classes say; "
+                "expected ordinary tensors"
+            )
+
+    def _as_seen(self, work: Sequence[Sequence[Any]]) -> bool:
+        """Whether the tables say what has been seen of the tensors, and no more."""
+        found, n_column = self.found, self.found.bytes.shape[1]
+        at, room = self.seen[..., dlpack.ADDRESS].T.astype(np.uint64), self.seen[..., dlpack.ROOM].T
+        wrong = (at[:, :n_column] != found.addresses[:, :n_column]) | (room[:, :n_column] < found.bytes)
+        sized = [list(map(nbytes, column)) for column in work] == found.bytes.T.tolist()
+        counted = at[:, n_column:].T.ravel().tolist() == self.counters.tolist()
+        full = found.bytes > 0
+        return sized and counted and not (wrong & full).any() and bool((room[:, n_column:] >= COUNTER).all())
 
     def _what(self) -> list[str]:
         """What the columns hold."""
@@ -287,7 +303,7 @@ class Batch:
         lost = (now == 0) | (now % self.item_sizes != 0) | (room[:, :n_column] < found.bytes)
         if (full & lost).any():
             return False
-        self.counters = counters.ravel()
+        self.counters = counters.T.ravel()
         found.addresses[:, :n_column] = now
         if self._overlapping():
             return False

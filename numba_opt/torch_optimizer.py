@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any, ClassVar
@@ -264,6 +264,8 @@ class Optimizer(torch.optim.Optimizer):
     def _complete(self, member: Member, kind: Kind) -> None:
         """Make what a parameter's state lacks."""
         state, param = member.state, member.param
+        if not isinstance(state, MutableMapping):
+            raise TypeError(f"state of {member.label} is {type(state).__name__}; expected a dict")
         names = ("step", *kind.states) if kind.counted else kind.states
         lacking = [name for name in names if state.get(name) is None]
         if any(name in state for name in names):
@@ -278,11 +280,19 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 like = param.detach()[:, :1] if kind.rule.per_row else param.detach()
                 made[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
-        if (
-            kind.counted and "step" not in made and not is_counter(state["step"])
-        ):  # as old checkpoints have it
-            made["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
+        if kind.counted and "step" not in made and not is_counter(state["step"]):
+            made["step"] = _counter(state["step"], member.label)
         state.update(made)  # all at once: half a state would be refused from then on
+
+
+def _counter(step: Any, label: str) -> Tensor:
+    """A number of updates that is not held as torch's optimizers do now, as old checkpoints have it."""
+    try:
+        return torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(
+            f"state 'step' of {label} is {type(step).__name__}; expected a tensor with one number"
+        ) from None
 
 
 def _renamed(options: Options, formula: str) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def laid_out(tensor: Any, order: tuple[int, ...] | None) -> Any:
 
 def survey(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
     """Where gradients (or None), weights and states are, as tables are made of it."""
-    sizes = [weight.numel() for weight in columns[1]]
+    sizes = [math.prod(weight.shape) for weight in columns[1]]
     heights = [weight.shape[0] if weight.ndim else 1 for weight in columns[1]]
     widths = [size // height if height else 1 for size, height in zip(sizes, heights, strict=True)]
     blank = [0] * len(sizes)
@@ -186,10 +186,26 @@ def survey(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
     ]
     return ndarray.Survey(
         addresses=np.array([*at, blank, widths, blank], np.uint64).T.copy(),
-        bytes=np.array([[0 if x is None else x.nbytes for x in column] for column in columns]).T.copy(),
+        bytes=np.array([[0 if x is None else _bytes(x) for x in column] for column in columns]).T.copy(),
         sizes=np.array(sizes, np.int64),
         codes=np.array([device.pack(codes) for codes in zip(*kinds, strict=True)], np.int64),
     )
+
+
+def _bytes(tensor: Tensor) -> int:
+    """How many bytes a tensor has, by its shape and dtype."""
+    return math.prod(tensor.shape) * ndarray.SIZES[ndarray.CODES.index(CODES[tensor.dtype])]
+
+
+def nbytes(tensor: Any) -> int:
+    """How many bytes a tensor has, whatever its class makes of its shape and dtype; 0 for None."""
+    return 0 if tensor is None else int(_own(tensor).nbytes)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor that an object of some class is, in which nothing of the class is left."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return Tensor.detach(tensor)
 
 
 def check_memory(
@@ -238,6 +254,7 @@ def write_back(tensor: Tensor, copy: Tensor) -> partial[Any]:
 
 def parts_of(grad: Tensor, what: str) -> sparse.Parts:
     """What a sparse gradient touches; every number in it is checked."""
+    grad = _own(grad)
     indices, values = checked_parts(grad, what)
     rows = indices[0]
     if grad.sparse_dim() > 1:  # rows are made of single numbers, or of parts of rows
@@ -245,7 +262,7 @@ def parts_of(grad: Tensor, what: str) -> sparse.Parts:
             sparse.check_numbers(numbers, f"indices of {what} in dimension {d}", grad.shape[d])
         rows, places = torch.unique(rows, return_inverse=True)
         real = torch.float64 if values.dtype == torch.float64 else torch.float32
-        sums = torch.zeros((len(rows), *grad.shape[1:]), dtype=real)
+        sums = torch.zeros((len(rows), *grad.shape[1:]), dtype=real, device="cpu")
         values = sums.index_put_((places, *indices[1:]), values.to(real), accumulate=True)
     block = memory(laid_out(values, None))
     numbers = np.array(rows.numpy())  # their own memory: what is checked is what the kernel gets
@@ -307,6 +324,7 @@ def _ask(ids: np.ndarray, functions: np.ndarray, seen: np.ndarray) -> int:
 
 def _describe(tensor: Tensor, ndim: int) -> list[int]:
     """What kernels rely on of a tensor, by its own word: torch before 2.10 has no other way."""
+    tensor = _own(tensor)
     rest = (0,) * (ndim - tensor.ndim)
     kind = id(tensor.dtype) * 64 + tensor.ndim
     room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
@@ -317,8 +335,9 @@ def _describe(tensor: Tensor, ndim: int) -> list[int]:
 @functools.cache
 def _functions() -> np.ndarray | None:
     """What `dlpack.look` calls and reads, if it says what some tensors say themselves."""
-    some = [torch.zeros(5, 3, dtype=dtype)[1:].t() for dtype in CODES]
-    some += [torch._neg_view(torch.zeros(5, 3)).t(), torch.zeros(40)[3:18].view(3, 5)]
+    blank = partial(torch.zeros, device="cpu")
+    some = [blank(5, 3, dtype=dtype)[1:].t() for dtype in CODES]
+    some += [torch._neg_view(blank(5, 3)).t(), blank(40)[3:18].view(3, 5)]
     library = dlpack.library(torch._C.__file__)
     found = [dlpack.asker(Tensor)]
     found += [dlpack.address_of(library, f"aoti_torch_get_storage_{what}") for what in ("size", "offset")]

@@ -287,7 +287,7 @@ def test_new_gradients_at_each_step(driver):
 
 def test_tensors_without_dlpacks_c_functions(driver, monkeypatch):
     """torch before 2.10: tensors are asked one by one."""
-    monkeypatch.setattr(torch_tensors, "_asker", lambda: None)
+    monkeypatch.setattr(torch_tensors, "_functions", lambda: None)
     test_new_gradients_at_each_step(driver)
     test_parameters_on_the_cpu_and_on_two_gpus()
     test_arrays_that_are_elsewhere()
