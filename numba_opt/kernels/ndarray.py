@@ -206,14 +206,19 @@ def _marks(tensors: int, columns: int) -> np.ndarray:
 def dtypes() -> list[np.dtype]:
     """The dtypes of CODES, as far as they are here."""
     found: list[np.dtype] = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)]
-    if "ml_dtypes" in sys.modules:
-        found.append(np.dtype(sys.modules["ml_dtypes"].bfloat16))
+    if bfloat16 := _bfloat16():
+        found.append(np.dtype(bfloat16))
     return found
+
+
+def _bfloat16() -> Any:
+    """The type, once somebody has imported ml_dtypes that far."""
+    return getattr(sys.modules.get("ml_dtypes"), "bfloat16", None)
 
 
 def known() -> np.ndarray:
     """What `survey` compares objects with: the ids of the array type and of the dtypes."""
-    return _known("ml_dtypes" in sys.modules)
+    return _known(_bfloat16() is not None)
 
 
 @functools.cache
