@@ -148,7 +148,7 @@ def test_no_more_scratch_than_a_form_needs(name, rows, dtype, needed, monkeypatc
     gradient = weight + 1 if rows is None else block(weight, rows, dtype)
     made = sizes_of_scratch(monkeypatch, gradient, weight, name)
     row = -(-20_000 * 4 // 64) * 64
-    assert made == [(2, needed * row)]
+    assert made == [(2, needed * row)] * (needed > 0)
 
 
 def test_no_scratch_for_threads_that_would_find_nothing_to_do(monkeypatch):
@@ -162,7 +162,7 @@ def test_no_more_threads_join_than_have_a_place():
     array = np.arange(300_000, dtype="f4")
     address = np.array([[array.ctypes.data, 0, 0]], np.uint64)
     total, progress = np.zeros((19, 1)), np.array([3, 0, 0])
-    args = (address, np.array([0, array.size]), total, threads.scratch(3, 0), progress)
+    args = (address, np.array([0, array.size]), total, threads.scratch(3, 64), progress)
     kernel = cpu.squares("f4").entry_point
     kernel(*args)
     assert (total == 0).all()

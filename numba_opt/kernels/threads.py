@@ -33,6 +33,9 @@ CHUNK = 16384  # elements: 64 KiB of each float32 array, so a chunk's arrays fit
 SHARED = 200_000
 
 
+NO_SCRATCH = np.empty((1 << 30, 0), np.uint8)  # for any number of threads
+
+
 class Job(NamedTuple):
     """A call of a kernel over a long line of elements.
 
@@ -73,16 +76,18 @@ def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
     for kernel, args, elements, longest, size, _ in jobs:
         if not elements:
             continue
-        chunks = -(-elements // CHUNK)
         helpers = 0
         if elements >= SHARED:
+            chunks = -(-elements // CHUNK)
             helpers = _ready(min(count(), chunks, -(-elements // longest)) - 1)
+        own = scratch(1 + helpers, size) if size else NO_SCRATCH
         progress = np.zeros(3, np.int64)  # threads that joined, chunks claimed, chunks done
-        call = partial(kernel.entry_point, *args, scratch(1 + helpers, size), progress)
-        steps += [partial(_jobs.put, call)] * helpers
-        steps.append(call)
+        call = partial(kernel.entry_point, *args, own, progress)
         if helpers:
-            steps.append(partial(compiled_finished(), progress, chunks))
+            steps += [partial(_jobs.put, call)] * helpers
+            steps += [call, partial(compiled_finished(), progress, chunks)]
+        else:
+            steps.append(call)
     steps += afterwards
     collections.deque(map(partial.__call__, steps), maxlen=0)
 
