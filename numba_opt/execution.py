@@ -13,23 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import device
+from . import device, rules
 from .kernels import cpu, interrupts, ndarray, rounding, threads
 from .kernels.elements import prepare
+from .rules import Rule as Rule
 from .sparse import Parts
-
-
-class Rule(NamedTuple):
-    """What the loops need to know of an optimizer."""
-
-    function: Callable[..., Any]
-    n_state: int
-    per_row: bool
-
-    @property
-    def n_hyper(self) -> int:
-        """How many hyper-parameters the function takes."""
-        return self.function.__code__.co_argcount - 2 - self.n_state - int(self.per_row)
 
 
 class History:
@@ -59,6 +47,11 @@ class History:
             self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
         self._rows[self.recorded] = row
         return self._rows[: self.recorded + 1]
+
+    @property
+    def length(self) -> int:
+        """How many hyper-parameters a step has."""
+        return int(self._rows.shape[1])
 
     def rows(self) -> np.ndarray:
         """The recorded steps' hyper-parameters."""
@@ -144,17 +137,19 @@ class Launch(NamedTuple):
     offsets: np.ndarray
     elements: int
     real: np.dtype
+    length: int  # of a row of hyper-parameters
 
 
 def launches(rule: Rule, tables: Sequence[device.Table]) -> list[Launch]:
     """The kernels for some tables, compiled."""
     return [
         Launch(
-            cpu.dense(*rule, table.layout),
+            rules.kernel(cpu.dense, rule, table.layout),
             table.addresses,
             table.offsets,
             table.elements,
             cpu.compute_dtype(table.layout.split()[1]),
+            rule.row_length(table.layout),
         )
         for table in tables
     ]
@@ -163,9 +158,17 @@ def launches(rule: Rule, tables: Sequence[device.Table]) -> list[Launch]:
 def dense_jobs(prepared: Sequence[Launch], hyper: Any) -> list[threads.Job]:
     """Kernel calls with these rows of hyper-parameters."""
     return [
-        (kernel, (addresses, offsets, np.array(hyper, real)), elements)
-        for kernel, addresses, offsets, elements, real in prepared
+        (kernel, (addresses, offsets, _as_rows(hyper, real, length)), elements)
+        for kernel, addresses, offsets, elements, real, length in prepared
     ]
+
+
+def _as_rows(hyper: Any, real: np.dtype, length: int) -> np.ndarray:
+    """Rows of hyper-parameters as a kernel takes them, which has no other way to know their length."""
+    rows = np.array(hyper, real)
+    if rows.shape[1] != length:
+        raise RuntimeError(f"rule was changed within a step: it takes {length} numbers, not {rows.shape[1]}")
+    return rows
 
 
 class Prepared:
@@ -180,11 +183,14 @@ class Prepared:
             self.found.addresses[:, -3] = request.numbers
         self.tables: list[device.Table] = []
         self.launches: list[Launch] = []  # empty while the tables are not of use
+        self.rule: Rule | None = None  # that the launches are made of
         self.which: Any = ()
 
     def take(self, ids: np.ndarray, request: device.Request, rule: Rule) -> bool:
         """Bring the tables to where these arrays are; False if any of them needs a closer look."""
         found, n_state = self.found, request.n_state
+        if rule != self.rule:
+            self.launches, self.rule = [], rule
         answer = ndarray.survey(ids, ndarray.known(), ndarray.NONE, n_state, request.per_row, *found)
         if self.launches and answer == ndarray.SAME:
             return True
@@ -230,8 +236,10 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Jo
             count = len(parts.rows)
             entries.append([*head, stamps, recorded, count, size, *_own(rule, layout, arrays), row])
             elements.append(elements[-1] + parts.lines * int(arrays[-2]))
-        rows = np.array(hyper, real) if own is None else work.histories[own].with_current(hyper[which[own]])
-        kernel = cpu.rows(*rule, layout, form, exact)
+        rows = _as_rows(hyper, real, rule.row_length(layout))
+        if own is not None:
+            rows = work.histories[own].with_current(rows[which[own]])
+        kernel = rules.kernel(cpu.rows, rule, layout, form, exact)
         table = np.array(entries, np.uint64)
         jobs.append((kernel, (table, np.array(elements, np.int64), rows), elements[-1]))
     return jobs
@@ -243,7 +251,7 @@ def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
     stamps = work.stamps[t].ctypes.data
     entry = [0, 0, 0, 0, stamps, history.recorded, 0, 0, *_own(rule, layout, arrays), 0]
     elements = int(work.bound.found.sizes[t])
-    kernel = cpu.rows(*rule, layout, "none", True)
+    kernel = rules.kernel(cpu.rows, rule, layout, "none", True)
     table, offsets = np.array([entry], np.uint64), np.array([0, elements], np.int64)
     return kernel, (table, offsets, history.rows()), elements
 
@@ -265,6 +273,7 @@ def _address(array: np.ndarray | None) -> int:
 
 def on_arrays(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> None:
     """The same on whole arrays, one parameter after another: readable, not fast."""
+    rules.check_on_arrays(rule)
     for t in range(len(which)):
         grad, weight, *rest = (column[t] for column in work.bound.arrays)
         row = hyper[which[t]]
@@ -372,6 +381,7 @@ def flush(rule: Rule, work: Work, fused: bool) -> None:
         if fused:
             threads.run([_catch_up(rule, work, t) for t in work.lagging()])
         else:
+            rules.check_on_arrays(rule)
             for t in work.lagging():
                 _, weight, *rest = (column[t] for column in work.bound.arrays)
                 _catch_up_arrays(rule, work, t, weight, rest)
