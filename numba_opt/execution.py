@@ -14,23 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import device
+from . import device, rules
 from .kernels import cpu, ndarray, rounding, threads
 from .kernels.elements import prepare
+from .rules import Rule as Rule
 from .sparse import Parts
-
-
-class Rule(NamedTuple):
-    """What the loops need to know of an optimizer."""
-
-    function: Callable[..., Any]
-    n_state: int
-    per_row: bool
-
-    @property
-    def n_hyper(self) -> int:
-        """How many hyper-parameters the function takes."""
-        return self.function.__code__.co_argcount - 2 - self.n_state - int(self.per_row)
 
 
 class History:
@@ -58,12 +46,22 @@ class History:
         history.recorded = len(rows)
         return history
 
+    @property
+    def length(self) -> int:
+        """How many hyper-parameters a step has."""
+        return int(self._rows.shape[1])
+
     def with_current(self, row: Sequence[float]) -> np.ndarray:
         """The recorded steps' hyper-parameters and those of the step that is being made."""
         if self.recorded == len(self._rows):
             self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
         self._rows[self.recorded] = row
         return self._rows[: self.recorded + 1]
+
+    @property
+    def length(self) -> int:
+        """How many hyper-parameters a step has."""
+        return int(self._rows.shape[1])
 
     def rows(self) -> np.ndarray:
         """The recorded steps' hyper-parameters."""
@@ -173,6 +171,7 @@ class Launch(NamedTuple):
     offsets: np.ndarray
     elements: int
     real: np.dtype
+    length: int  # of a row of hyper-parameters
     longest: int
     scratch: int
 
@@ -186,11 +185,12 @@ def _launch(rule: Rule, table: device.Table) -> Launch:
     weight = table.layout.split()[1]
     widest = int(table.addresses[:, -2].max())
     return Launch(
-        cpu.dense(*rule, table.layout),
+        rules.kernel(cpu.dense, rule, table.layout),
         table.addresses,
         table.offsets,
         table.elements,
         cpu.compute_dtype(weight),
+        rule.row_length(table.layout),
         widest if rule.per_row else 1,
         cpu.scratch_bytes(weight, rule.per_row, widest),
     )
@@ -199,9 +199,17 @@ def _launch(rule: Rule, table: device.Table) -> Launch:
 def dense_jobs(prepared: Sequence[Launch], hyper: Any) -> list[threads.Job]:
     """Kernel calls with these rows of hyper-parameters."""
     return [
-        threads.Job(kernel, (addresses, offsets, np.array(hyper, real)), elements, longest, scratch)
-        for kernel, addresses, offsets, elements, real, longest, scratch in prepared
+        threads.Job(kernel, (addresses, offsets, _as_rows(hyper, real, length)), elements, longest, scratch)
+        for kernel, addresses, offsets, elements, real, length, longest, scratch in prepared
     ]
+
+
+def _as_rows(hyper: Any, real: np.dtype, length: int) -> np.ndarray:
+    """Rows of hyper-parameters as a kernel takes them, which has no other way to know their length."""
+    rows = np.array(hyper, real)
+    if rows.shape[1] != length:
+        raise RuntimeError(f"rule was changed within a step: it takes {length} numbers, not {rows.shape[1]}")
+    return rows
 
 
 class Prepared:
@@ -216,11 +224,14 @@ class Prepared:
             self.found.addresses[:, -3] = request.numbers
         self.tables: list[device.Table] = []
         self.launches: list[Launch] = []  # empty while the tables are not of use
+        self.rule: Rule | None = None  # that the launches are made of
         self.which: Any = ()
 
     def take(self, ids: np.ndarray, request: device.Request, rule: Rule) -> bool:
         """Bring the tables to where these arrays are; False if any of them needs a closer look."""
         found, n_state = self.found, request.n_state
+        if rule != self.rule:
+            self.launches, self.rule = [], rule
         before, self.launches = self.launches, []  # nothing is of use if an exception comes in between
         answer = ndarray.survey(ids, ndarray.known(), ndarray.NONE, n_state, request.per_row, *found)
         if before and answer == ndarray.SAME:
@@ -273,8 +284,10 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Jo
             elements.append(elements[-1] + parts.lines * width)
             widest = max(widest, width)
             summed |= parts.starts is not None or form != f"block f{real.itemsize}"
-        rows = np.array(hyper, real) if own is None else work.histories[own].with_current(hyper[which[own]])
-        kernel = cpu.rows(*rule, layout, form, exact)
+        rows = _as_rows(hyper, real, rule.row_length(layout))
+        if own is not None:
+            rows = work.histories[own].with_current(rows[which[own]])
+        kernel = rules.kernel(cpu.rows, rule, layout, form, exact)
         args = (np.array(entries, np.uint64), np.array(elements, np.int64), rows)
         scratch = cpu.scratch_bytes(weight, rule.per_row, widest, summed)
         if own is not None and len(overdue := work.histories[own].overdue(len(work.stamps[own]))):
@@ -291,7 +304,7 @@ def _catch_up(rule: Rule, work: Work, t: int, some: np.ndarray | None = None) ->
     height = elements // max(width, 1)
     elements = elements if some is None else len(some) * width
     entry = [0, _address(some), 0, 0, stamps, history.recorded, 0, 0, height, *_own(rule, layout, arrays), 0]
-    kernel = cpu.rows(*rule, layout, "none", True)
+    kernel = rules.kernel(cpu.rows, rule, layout, "none", True)
     table, offsets = np.array([entry], np.uint64), np.array([0, elements], np.int64)
     scratch = cpu.scratch_bytes(layout.split()[0], rule.per_row, width)
     return threads.Job(kernel, (table, offsets, history.rows()), elements, max(width, 1), scratch, some)
@@ -317,6 +330,7 @@ def on_arrays(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[
 
     Everything is worked out in copies. What is returned puts them into their places.
     """
+    rules.check_on_arrays(rule)
     written = []
     for t in range(len(which)):
         grad, *arrays = (column[t] for column in work.bound.arrays)
@@ -444,6 +458,7 @@ def flush(rule: Rule, work: Work, fused: bool) -> None:
         if fused:
             jobs.append(_catch_up(rule, work, t))
         else:
+            rules.check_on_arrays(rule)
             arrays = [column[t] for column in work.bound.arrays[1:]]
             fresh: list[Any] = [None if array is None else array.copy() for array in arrays]
             weight, *rest = fresh

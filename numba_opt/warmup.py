@@ -27,10 +27,10 @@ import numba
 import numpy as np
 from numba.core import event
 
-from . import adamax, cuda_arrays, device, execution, nag, rmsprop
+from . import adamax, cuda_arrays, device, execution, nag, rmsprop, rules
 from .adamax import Adamax
 from .ftml import FTML
-from .kernels import cache, cpu, interrupts, merge, ndarray, threads
+from .kernels import cache, cpu, interrupts, merge, ndarray, private, threads
 from .nag import NAG
 from .optimizer import Optimizer, create
 from .rmsprop import RMSProp
@@ -86,7 +86,12 @@ class Kernel(NamedTuple):
         """Have it; says whether it had to be compiled."""
         before = _compiled()
         with interrupts.deferred():  # an interrupted compiler and a half-written file are nobody's friends
-            MAKERS[self.maker](*self.args)
+            try:
+                MAKERS[self.maker](*self.args)
+            except Exception as error:
+                if self.args and callable(self.args[0]):
+                    rules.explain(error, self.args[0])
+                raise
         return _compiled() > before
 
     def sent(self) -> str | None:
@@ -512,7 +517,9 @@ def cores() -> int:
 def _writable() -> bool:
     """Whether kernels can be kept; if not, it is of no use that another process compiles them."""
     try:
-        cache.folder().mkdir(parents=True, exist_ok=True)
+        private.make(cache.folder())
+        if private.distrusted(cache.folder()):
+            return False
         with tempfile.TemporaryFile(dir=cache.folder()) as file:
             file.write(bytes(1 << 17))  # as much as the largest kernel
     except OSError:

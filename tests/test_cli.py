@@ -74,6 +74,8 @@ def test_info_as_json(capsys, folder):
         "entries": 0,
         "bytes": 0,
         "writable": True,
+        "trusted": True,
+        "why": "",
     }
 
 
