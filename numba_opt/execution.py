@@ -46,11 +46,6 @@ class History:
         history.recorded = len(rows)
         return history
 
-    @property
-    def length(self) -> int:
-        """How many hyper-parameters a step has."""
-        return int(self._rows.shape[1])
-
     def with_current(self, row: Sequence[float]) -> np.ndarray:
         """The recorded steps' hyper-parameters and those of the step that is being made."""
         if self.recorded == len(self._rows):

@@ -134,7 +134,7 @@ def test_random_sparse_steps(case):
 @pytest.mark.slow
 def test_random_steps_for_a_while():
     """For as long as NUMBA_OPT_SOAK says, with other cases each time."""
-    end = time.monotonic() + float(os.environ.get("NUMBA_OPT_SOAK", "20"))
+    end = time.monotonic() + float(os.environ.get("NUMBA_OPT_SOAK", "5"))
     more = settings(derandomize=False, max_examples=20, deadline=None, database=None)
     while time.monotonic() < end:
         more(given(cases())(check_dense))()

@@ -108,6 +108,18 @@ def test_more_groups_than_before():
         agree(gpu, cpu, 1e-6)
 
 
+def test_many_groups_of_many_tensors():
+    """More sums of squares, and more hyper-parameters, than a block has threads."""
+    row = table.row("nag-plain")
+    call = table.make(row, [1 + k % 3 for k in range(1100)])
+    rates = {str(k): 1.0 + k / 1100 for k in range(1100)}
+    gpu, cpu, ours, theirs = twins(row, call, clip_global_norm=0.5, lr_mult=rates)
+    gpu.step(ours)
+    cpu.step(theirs)
+    assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
+    agree(gpu, cpu, 1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"clip_global_norm": 0.5}])
 def test_a_trainer_takes_chance_over_from_a_file(options):
     """It had none before."""

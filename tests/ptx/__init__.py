@@ -4,6 +4,7 @@
   makes a Python function of each basic block.
 - `memory` is a device's and a block's, to the byte; `scheduling` runs a launch, and `ordering` looks for
   accesses that nothing puts in order.
-- `driver` stands in the place of NVIDIA's driver, under the package's own host code; `library` keeps compiled
-  kernels, `arrays` are what tests hand to the package, and `coverage` says which blocks of code never ran.
+- `driver` stands in the place of NVIDIA's driver, under the package's own host code, and `queues` are its
+  streams'; `library` keeps compiled kernels, `arrays` are what tests hand to the package, and `coverage` says
+  which blocks of code never ran.
 """

@@ -1,9 +1,5 @@
 """What stands in the place of NVIDIA's driver: its functions, by their names, for devices that are none.
 
-What streams are given is put in a queue, and done when somebody waits for it, or before, by chance: streams
-take turns as they like, except where one waits for an event. So a wait that is missing shows sooner or later,
-by a seed that makes it show again. There is no default stream that waits for others of itself.
-
 Like the real one this says what went wrong by numbers, and raises nothing. But what a kernel does wrong
 is raised at whoever comes next, again and again, until the test is over.
 """
@@ -13,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +18,7 @@ import numpy as np
 from . import library
 from .faults import KernelError
 from .memory import PROCESS, DeviceMemory
+from .queues import Event, Queues
 from .scheduling import Run
 
 INVALID, NO_CONTEXT, HANDLE, CAPTURE, ISOLATION = 1, 201, 400, 900, 905
@@ -33,20 +29,6 @@ ERRORS = {
     CAPTURE: "operation not permitted when stream is capturing",
     ISOLATION: "dependency created on uncaptured work in another stream",
 }
-
-
-class Operation:
-    """Something that a stream has been given to do."""
-
-    def __init__(self, act: Callable[[], None] | None, needs: Operation | None = None) -> None:
-        self.act, self.needs, self.done = act, needs, False
-
-
-class Event:
-    """What marks a place in a stream's queue."""
-
-    def __init__(self) -> None:
-        self.mark: Operation | None = None
 
 
 class Context:
@@ -60,21 +42,6 @@ class Function(SimpleNamespace):
     """A kernel that has been loaded."""
 
 
-class Graph:
-    """What a stream was given while it was captured."""
-
-    def __init__(self, driver: Driver, number: int) -> None:
-        self._driver, self._number = driver, number
-        self.acts: list[Callable[[], None]] = []
-        self.names: list[str] = []
-
-    def launch(self, stream: int) -> None:
-        """Give it all to a stream."""
-        for act in self.acts:
-            self._driver._give(self._number, stream, act)
-        self._driver.launches += self.names
-
-
 _current: list[Driver] = []
 
 
@@ -83,7 +50,7 @@ def current() -> Driver:
     return _current[-1]
 
 
-class Driver:
+class Driver(Queues):
     """The driver's functions, and what tests ask a device for."""
 
     def __init__(
@@ -99,34 +66,17 @@ class Driver:
 
         for name in ("CUpointer_attribute", "CUdevice_attribute", "CUevent_flags", "CUstreamCaptureStatus"):
             setattr(self, name, getattr(real, name))
+        super().__init__(devices, seed)
         self.capability, self.processors, self.ordered = capability, processors, ordered
-        self.launches: list[str] = []  # names of kernels, and "copy", in the order of the host's calls
-        self.streams_used: list[int] = []  # of these
+        self.streams_used: list[int] = []  # of launches and copies, in the same order
         self.waits: list[tuple[int, int]] = []  # which streams wait for which others
         self.covered: dict[Any, set[int]] = {}  # the basic blocks of each program that were run
         self.reads = 0  # how often the host has waited for what a device holds
-        self.random = np.random.default_rng(seed)
         self._lanes = np.random.default_rng(seed) if any_thread_next else None
         self.memories = [DeviceMemory(number) for number in range(devices)]
-        self._queues: dict[tuple[int, int], deque[Operation]] = {(n, 0): deque() for n in range(devices)}
-        self._captures: dict[tuple[int, int], Graph] = {}
         self._pinned: dict[int, np.ndarray] = {}
-        self._next_stream = 0x1000
-        self._lock = threading.RLock()
         self._stack = threading.local()
-        self._busy = False
-        self._later: list[Callable[[], object]] = []
         self.last: Run | None = None  # the launch that was done last
-        self.failed: BaseException | None = None
-
-    # ------------------------------------------------------------ what tests ask for
-
-    def stream(self, number: int = 0, handle: int | None = None) -> int:
-        """A new stream of a device."""
-        self._next_stream += 0x10
-        handle = self._next_stream if handle is None else handle
-        self._queues[number, handle] = deque()
-        return handle
 
     def put(self, number: int, size: int, offset: int = 0) -> int:
         """The address of so many bytes of a device's memory."""
@@ -138,86 +88,10 @@ class Driver:
         """Have memory freed once nothing can use it any more."""
         self.later(lambda: self._memory_at(address).free(address))
 
-    def later(self, act: Callable[[], object]) -> None:
-        """Have something done once nothing is left that devices are to do; this may be called at any time."""
-        self._later.append(act)
-
     def settled(self, number: int = 0) -> DeviceMemory:
         """A device's memory, once everything has been done."""
         self.finish()
         return self.memories[number]
-
-    def finish(self, number: int | None = None, stream: int | None = None) -> None:
-        """Do what a stream, a device's streams, or all of them have been given."""
-        queues = [
-            queue
-            for (owner, handle), queue in self._queues.items()
-            if number in (None, owner) and stream in (None, handle)
-        ]
-        self._until(lambda: not any(queues))
-        self._release()
-
-    def capture(self, stream: int, number: int = 0) -> contextlib.AbstractContextManager[Graph]:
-        """While this lasts, what a stream is given goes into a graph."""
-
-        @contextlib.contextmanager
-        def capturing() -> Iterator[Graph]:
-            graph = self._captures[number, stream] = Graph(self, number)
-            try:
-                yield graph
-            finally:
-                del self._captures[number, stream]
-
-        return capturing()
-
-    def forgive(self) -> None:
-        """Forget what went wrong, and what was still to be done."""
-        self.failed = None
-        for queue in self._queues.values():
-            queue.clear()
-
-    # ------------------------------------------------------------ queues
-
-    def _give(self, number: int, stream: int, act: Any, needs: Operation | None = None) -> Operation:
-        """Put something into a stream's queue. By chance, some of what waits is done at once."""
-        if self.failed is not None:
-            raise self.failed
-        operation = Operation(act, needs)
-        self._queues[number, stream].append(operation)
-        if self.random.random() < 0.25:
-            self._until(lambda: self.random.random() < 0.5)
-        return operation
-
-    def _until(self, enough: Callable[[], bool]) -> None:
-        """Do what is to be done next, of any stream, until it is enough or nothing is left."""
-        with self._lock:
-            if self.failed is not None:
-                raise self.failed
-            if self._busy:  # somebody is freed while a kernel runs
-                return
-            self._busy = True
-            try:
-                while not enough():
-                    heads = [queue for queue in self._queues.values() if queue and _may_begin(queue[0])]
-                    if not heads:
-                        return
-                    operation = heads[int(self.random.integers(len(heads)))].popleft()
-                    operation.done = True
-                    if operation.act is not None:
-                        operation.act()
-            except BaseException as error:
-                self.failed = error
-                raise
-            finally:
-                self._busy = False
-
-    def _release(self) -> None:
-        """Free what has been dropped, if nothing can use it any more."""
-        with self._lock:
-            if not (self._busy or any(self._queues.values())):
-                acts, self._later = self._later, []
-                for act in acts:
-                    act()
 
     def _memory_at(self, address: int) -> DeviceMemory:
         found = next((memory for memory in self.memories if memory.owns(address)), None)
@@ -435,10 +309,6 @@ class Driver:
             self.covered.setdefault(program, set()).update(run.visited)
 
         return self._submit(stream, act, title)
-
-
-def _may_begin(operation: Operation) -> bool:
-    return operation.needs is None or operation.needs.done
 
 
 def _values(places: int, kinds: Sequence[str]) -> list[Any]:
