@@ -405,7 +405,7 @@ def test_hyper_that_returns_more_later():
 
 @pytest.mark.parametrize("how", ["fused_step", "trainer"])
 def test_a_rule_that_is_changed_within_a_step(how):
-    """Its kernel is settled before `hyper` is asked, and must not get a row of another length."""
+    """`hyper` is asked before anything is settled, so kernel and row are both of the new rule."""
 
     def hyper(self, lr, t):
         if t == 2:
@@ -425,10 +425,10 @@ def test_a_rule_that_is_changed_within_a_step(how):
         else functools.partial(optimizer.fused_step, [0], [weight], [grad], [state])
     )
     step()
-    before = snapshot(optimizer, (weight, grad, state))
-    with pytest.raises(RuntimeError, match="rule was changed within a step"):
-        step()
-    assert snapshot(optimizer, (weight, grad, state)) == before
+    before = weight.copy()
+    step()
+    assert weight.tolist() == before.tolist()
+    assert optimizer.num_update == 2
 
 
 def test_steps_that_are_recorded_for_another_rule():
