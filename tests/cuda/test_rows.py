@@ -67,10 +67,10 @@ some = pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
 def test_every_form(row):
     """Both kinds of blocks and a CSR matrix, in one call."""
     gpu, cpu = table.build(row, **table.common(row)), table.build(row, **table.common(row))
-    call = table.make(row, [SHAPE] * 3)
+    call = table.make(row, [SHAPE] * 6)
     weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
-    grads = [block(), csr(), block([7, 0, 3])]
-    ours = [on_gpu(grads[0]), on_gpu(grads[1]), on_gpu(grads[2], distinct=True)]
+    grads = [block(), csr(), block([7, 0, 3])] * 2
+    ours = [on_gpu(grad, distinct=k % 3 == 2) for k, grad in enumerate(grads)]
     for _ in range(2):
         cpu.update(call.indices, call.weights, grads, call.states)
         gpu.update(call.indices, weights, ours, states)
@@ -291,9 +291,9 @@ def test_every_row(row, distinct):
     """Rows without a gradient take a step with zero: weight decay, and states that fade."""
     options = table.common(row) | {"sparse_update": "dense"}
     gpu, cpu = table.build(row, **options), table.build(row, **options)
-    call = table.make(row, [SHAPE] * 4)
+    call = table.make(row, [SHAPE] * 5)
     weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
-    grads = [block([7, 0, 3]), csr(), block([7, 0, 3] if distinct else ROWS), block([])]
+    grads = [block([7, 0, 3]), csr(), block([7, 0, 3] if distinct else ROWS), block([]), csr(seed=2)]
     ours = [on_gpu(grad, distinct) for grad in grads]
     for _ in range(2):
         cpu.update(call.indices, call.weights, grads, call.states)
