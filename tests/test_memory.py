@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -155,6 +156,26 @@ def test_no_scratch_for_threads_that_would_find_nothing_to_do(monkeypatch):
     """A row is one thread's, however long it is."""
     weight = np.ones((1, 300_000), "f4")
     assert sizes_of_scratch(monkeypatch, weight + 1, weight, "groupadagrad") == [(1, 1_200_000)]
+
+
+def test_scratch_is_let_go_of_after_the_step(monkeypatch):
+    """Even if no helper has come to look at the job."""
+    monkeypatch.setattr(threads, "_jobs", type(threads._jobs)())  # nobody listens here
+    made = []
+    scratch = threads.scratch
+
+    def noted(*sizes):
+        array = scratch(*sizes)
+        made.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(threads, "scratch", noted)
+    monkeypatch.setattr(threads, "SHARED", 1)
+    monkeypatch.setattr(threads, "count", lambda: 2)
+    weight = np.ones((8, 20_000), "f4")
+    numba_opt.Trainer([weight], "groupadagrad").step([weight + 1])
+    assert threads._jobs.qsize() == 1
+    assert [array() for array in made] == [None]
 
 
 def test_no_more_threads_join_than_have_a_place():

@@ -52,11 +52,10 @@ class Job(NamedTuple):
     kept: Any = None  # what the kernel has an address of and nobody else holds
 
 
-_jobs: queue.SimpleQueue[partial[Any]] = queue.SimpleQueue()
+_jobs: queue.SimpleQueue[list[partial[Any]]] = queue.SimpleQueue()
 _helpers: list[threading.Thread] = []
-_starting = (
-    threading.RLock()
-)  # a signal's handler may make a step while the thread that it stopped is in here
+# A signal's handler, which may make a step, may come while this is held.
+_starting = threading.RLock()
 
 
 def count() -> int:
@@ -84,8 +83,9 @@ def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
         progress = np.zeros(3, np.int64)  # threads that joined, chunks claimed, chunks done
         call = partial(kernel.entry_point, *args, own, progress)
         if helpers:
-            steps += [partial(_jobs.put, call)] * helpers
-            steps += [call, partial(compiled_finished(), progress, chunks)]
+            offer = [call]  # empty once the work is done: helpers that come later keep no memory alive
+            steps += [partial(_jobs.put, offer)] * helpers
+            steps += [call, partial(compiled_finished(), progress, chunks), partial(offer.clear)]
         else:
             steps.append(call)
     steps += afterwards
@@ -132,9 +132,9 @@ def _ready(wanted: int) -> int:
     return max(min(wanted, len(_helpers)), 0)
 
 
-def _help(jobs: queue.SimpleQueue[partial[Any]]) -> None:
+def _help(jobs: queue.SimpleQueue[list[partial[Any]]]) -> None:
     while True:
-        jobs.get()()
+        collections.deque(map(partial.__call__, jobs.get()), maxlen=0)  # in no variable, while it waits
 
 
 def _forget() -> None:

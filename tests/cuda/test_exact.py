@@ -56,14 +56,14 @@ def kinds(n, dtype="float32"):
 @table.each
 def test_rows_catch_up(row):
     """Each touched row is at every step what the CPU has, and all of them are after a flush."""
-    pair = Pair(row)
+    pair = Pair(row, [SHAPE, SHAPE])
     for n in range(7):
-        pair.step(kinds(n))
+        pair.step(kinds(n), kinds(n))
         pair.check()
     pair.flush()
     pair.check()
     assert not pair.states[0][0][1].array.any()
-    pair.step(kinds(7))
+    pair.step(kinds(7), kinds(8))
     pair.check()
 
 

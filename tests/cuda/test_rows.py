@@ -43,11 +43,12 @@ def on_gpu(grad, distinct=False):
     )  # fmt: skip
 
 
-def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, **options):
-    """Weights and states after some steps: on the GPU, and on the CPU."""
+def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, times=2, **options):
+    """Weights and states after some steps, of so many parameters each: on the GPU, and on the CPU."""
+    grads, shapes = [*grads] * times, [*(shapes or [SHAPE] * len(grads))] * times
     options = table.common(row) | options
     gpu, cpu = table.build(row, **options), table.build(row, **options)
-    call = table.make(row, shapes or [SHAPE] * len(grads), dtype)
+    call = table.make(row, shapes, dtype)
     if options.get("multi_precision") or options.get("state_dtype"):
         states = [cpu.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
         call = call._replace(states=states)
@@ -66,14 +67,25 @@ some = pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
 def test_every_form(row):
     """Both kinds of blocks and a CSR matrix, in one call."""
     gpu, cpu = table.build(row, **table.common(row)), table.build(row, **table.common(row))
-    call = table.make(row, [SHAPE] * 3)
+    call = table.make(row, [SHAPE] * 6)
     weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
-    grads = [block(), csr(), block([7, 0, 3])]
-    ours = [on_gpu(grads[0]), on_gpu(grads[1]), on_gpu(grads[2], distinct=True)]
+    grads = [block(), csr(), block([7, 0, 3])] * 2
+    ours = [on_gpu(grad, distinct=k % 3 == 2) for k, grad in enumerate(grads)]
     for _ in range(2):
         cpu.update(call.indices, call.weights, grads, call.states)
         gpu.update(call.indices, weights, ours, states)
     table.assert_alike(row, arrays.on_cpu([weights, states]), table.outputs(call))
+
+
+@some
+@pytest.mark.parametrize("mode", ["lazy", "dense"])
+def test_wide_rows(name, mode):
+    """Several accesses of 16 bytes for each thread of a warp, and what is left."""
+    row, shapes = table.row(name), [(3, 1100), (3, 1024), (3, 1100)]
+    full = scipy.sparse.csr_array(np.random.default_rng(0).standard_normal(shapes[1]).astype("f4"))
+    grads = [block([2, 0], shapes[0]), full, block([1, 1, 0], shapes[2])]
+    table.assert_alike(row, *both(row, grads[:1], shapes[:1], steps=1, distinct=True, sparse_update=mode))
+    table.assert_alike(row, *both(row, grads[1:], shapes[1:], steps=1, sparse_update=mode))
 
 
 @some
@@ -132,7 +144,7 @@ def test_many_parts(driver, count, merges):
     row = table.row("rmsprop")
     rows = np.random.default_rng(count).integers(0, 300, count).tolist()
     driver.launches.clear()
-    table.assert_alike(row, *both(row, [block(rows, (300, 1))], [(300, 1)], steps=1))
+    table.assert_alike(row, *both(row, [block(rows, (300, 1))], [(300, 1)], steps=1, times=1))
     assert [name for name in driver.launches if name in ("keys", "merge")] == ["keys"] + ["merge"] * merges
 
 
@@ -279,9 +291,9 @@ def test_every_row(row, distinct):
     """Rows without a gradient take a step with zero: weight decay, and states that fade."""
     options = table.common(row) | {"sparse_update": "dense"}
     gpu, cpu = table.build(row, **options), table.build(row, **options)
-    call = table.make(row, [SHAPE] * 4)
+    call = table.make(row, [SHAPE] * 5)
     weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
-    grads = [block([7, 0, 3]), csr(), block([7, 0, 3] if distinct else ROWS), block([])]
+    grads = [block([7, 0, 3]), csr(), block([7, 0, 3] if distinct else ROWS), block([]), csr(seed=2)]
     ours = [on_gpu(grad, distinct) for grad in grads]
     for _ in range(2):
         cpu.update(call.indices, call.weights, grads, call.states)

@@ -478,12 +478,14 @@ def sparse_on_gpu(grad):
 @pytest.mark.parametrize("coalesced", [False, True])
 def test_sparse_gradients(cls, coalesced):
     """In one step with dense ones; rows differ from step to step."""
-    gpu, cpu = parameters([(9, 6), (4, 3)])
+    gpu, cpu = parameters([(9, 6), (4, 3), (9, 6)])
     one, two = cls(gpu, lr=0.1), cls(cpu, lr=0.1)
     for k, rows in enumerate(([7, 2, 7, 0], [3], [], [8, 8, 8, 1, 0])):
         give(k, gpu, cpu)
         cpu[0].grad = coo(rows, coalesced=coalesced, seed=k)
-        gpu[0].grad = sparse_on_gpu(cpu[0].grad)
+        cpu[2].grad = coo([*rows, 5, 5, 5, 5], seed=k) if not coalesced else cpu[0].grad
+        for p, q in zip(gpu[::2], cpu[::2], strict=True):
+            p.grad = sparse_on_gpu(q.grad)
         one.step()
         two.step()
     assert not cuda_torch.waited
