@@ -66,7 +66,7 @@ class History:
         """Forget the steps that every row has taken, now and then."""
         if self.recorded < self._trim_at:
             return []
-        passed = int(stamps.min(initial=self.recorded))
+        passed = max(int(stamps.min(initial=self.recorded)), 0)  # negative stamps count as 0
         left = self.recorded - passed
         room = np.zeros((left + 16, self._rows.shape[1]), self._rows.dtype)
         room[:left] = self._rows[passed : self.recorded]
