@@ -17,6 +17,7 @@ import numpy as np
 from . import arguments, cuda, cuda_arrays, cuda_history, device, execution, sparse
 from .kernels import ndarray, rounding, threads
 from .lr_scheduler import LRScheduler
+from .torch_form import TorchForm
 
 __all__ = ["Optimizer", "create", "register"]
 
@@ -101,6 +102,8 @@ class Optimizer:
         The rule's states, in the order of its arguments. They begin at zero.
     per_row : bool
         Weights are matrices and states hold one number for each row.
+    torch_form : type, optional
+        A `numba_opt.torch_form.TorchForm`: the class of this optimizer in `numba_opt.torch`.
     num_update : int
         The largest number of updates that any parameter has had.
 
@@ -132,6 +135,7 @@ class Optimizer:
     rule: Callable[..., Any] | None = None
     state_names: tuple[str, ...] = ()
     per_row: bool = False
+    torch_form: type[TorchForm] | None = None
 
     def __init__(
         self,

@@ -27,11 +27,9 @@ import numpy as np
 from numba.core import event
 
 from . import cuda_arrays, device
-from .ftml import FTML
 from .kernels import cache, cpu, interrupts, merge, ndarray, threads
-from .nag import NAG
 from .optimizer import Optimizer, create
-from .rmsprop import RMSProp
+from .optimizers import FTML, NAG, RMSProp
 
 __all__ = ["Summary", "warmup"]
 
