@@ -1,13 +1,18 @@
-# Everything that a fresh machine with Python 3 needs: `make demo`, `make test`, `make perf`.
+# Everything that a fresh machine with Python 3 needs: `make demo`, `make check`, `make test`, `make perf`.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+PYTEST = $(RUN) -m pytest -n auto --dist worksteal
 NUMBA_OPT_MXNET ?= $(abspath $(VENV)-mxnet)/bin/python
 
-.PHONY: test demo perf lint types dist clean
+.PHONY: test check demo perf lint types dist clean
 
 test: $(VENV)/test.stamp lint types
-	$(RUN) -m pytest
+	$(PYTEST)
+
+# For use while working: the heart of the suite, within two minutes on two processors.
+check: $(VENV)/test.stamp lint types
+	$(PYTEST) $(addprefix tests/test_,$(addsuffix .py,table golden bad_input kernels machine_code))
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .

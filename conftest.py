@@ -1,3 +1,69 @@
-"""What pytest is not to look into for examples: these modules need numba-cuda, and have none."""
+"""What every run of pytest shares: a place for compiled kernels, and how many processes work."""
 
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+KEPT = 3  # states of the kernels' sources whose compiled kernels are kept
+MOST = 8  # processes of `-n auto`: each takes up to 1 GB
+
+# No examples are looked for in these modules, which need numba-cuda and have none.
 collect_ignore_glob = ["numba_opt/kernels/cuda*.py"]
+
+
+def own_folder() -> Path:
+    """Where the suite keeps what the next run finds again; for somebody else's checkout a temporary one."""
+    folder = ROOT / ".pytest_cache"
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="numba_opt-tests-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+
+def kernels_folder(parent: Path) -> Path:
+    """Where all processes of a run keep their kernels.
+
+    Each state of the kernels' sources has a folder of its own, for an edit compiles all of them anew; those
+    that were not used for the longest time go.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted((ROOT / "numba_opt" / "kernels").glob("*.py")):
+        digest.update(path.read_bytes())
+    folder = parent / "kernels" / digest.hexdigest()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.utime(folder)
+    used = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in used[KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)
+    return folder
+
+
+# Before Numba and Matplotlib are imported; processes that are started find it in their environment.
+if "NUMBA_CACHE_DIR" not in os.environ:
+    own = own_folder()
+    os.environ["NUMBA_CACHE_DIR"] = str(kernels_folder(own))
+    os.environ.setdefault("MPLCONFIGDIR", str(own / "matplotlib"))
+
+# Shells start programs in the background with SIGINT ignored, and these hand that on to theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A process for each processor that this one may use; none but this one if that is one."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MOST) if usable > 1 else 0

@@ -33,6 +33,7 @@ class Binding:
         self.positions = positions
         self.grads: Sequence[Any] = positions  # stands for gradients, until they come
         self.request, self.stamps = trainer._request(positions, positions)
+        self.rule = trainer.optimizer._rule()
         self.ids = ndarray.objects(self.request.columns)
         self.prepared: Any = self.prepare(trainer.optimizer)
         self.groups: list[Group] = []
@@ -124,7 +125,15 @@ class Binding:
     def catch_up(self, optimizer: Optimizer) -> bool:
         """Ask for what is wanted now; whether that has been changed, by a checkpoint perhaps."""
         stored, sparse = optimizer._stored, optimizer.sparse_update
-        changed: bool = (stored, sparse) != (self.request.stored, self.request.sparse)
+        rule = optimizer._rule()
+        if rule.n_state != self.request.n_state:
+            names = ", ".join(optimizer.state_names) or "none"
+            raise TypeError(
+                f"optimizer has {rule.n_state} states now ({names}); expected {self.request.n_state}, "
+                "as when the trainer was made"
+            )
+        changed: bool = (stored, sparse, rule) != (self.request.stored, self.request.sparse, self.rule)
+        self.rule = rule
         if changed:
             numbers = optimizer._numbers(self.positions)
             self.request = self.request._replace(stored=stored, numbers=numbers, sparse=sparse)

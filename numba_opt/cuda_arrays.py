@@ -116,10 +116,10 @@ def current_stream(weight: Any, number: int) -> int:
     given = _stream.get()
     if given is not None:
         return given
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and isinstance(weight, torch.Tensor):
+    torch, cupy = library_of(weight)
+    if torch is not None:
         return int(torch.cuda.current_stream(number).cuda_stream)
-    if cupy is not None and isinstance(weight, cupy.ndarray):
+    if cupy is not None:
         with cupy.cuda.Device(number):
             return int(cupy.cuda.get_current_stream().ptr)
     return 0
@@ -143,6 +143,15 @@ class _Interface:
         self.__array_interface__ = interface
 
 
+def library_of(value: Any) -> tuple[Any, Any]:
+    """torch if an array is a tensor of it, and CuPy if it is one of its arrays; None otherwise."""
+    torch, cupy = device.loaded("torch", "Tensor"), device.loaded("cupy", "ndarray")
+    return (
+        sys.modules["torch"] if torch is not None and isinstance(value, torch) else None,
+        sys.modules["cupy"] if cupy is not None and isinstance(value, cupy) else None,
+    )
+
+
 def look(value: Any, what: str) -> View:
     """What is known of a CUDA array.
 
@@ -156,8 +165,7 @@ def look(value: Any, what: str) -> View:
     if not device.on_cuda(value):
         name = device.type_name(value)
         raise TypeError(f"{what} is {name}, which is not on a GPU; expected a CUDA array, as the weight")
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    if library_of(value)[0] is not None:
         return _look_at_tensor(value, what)
     if not hasattr(value, "__cuda_array_interface__"):
         value = _from_dlpack(value, what)
@@ -178,6 +186,10 @@ def _look_at_tensor(tensor: Any, what: str) -> View:
         raise TypeError(f"{what} is {tensor.dtype}; expected float32, float64, float16 or bfloat16")
     if str(tensor.layout) != "torch.strided":
         raise TypeError(f"{what} is a tensor of layout {tensor.layout}; expected torch.strided")
+    if tensor.is_neg():
+        raise TypeError(f"{what} is a negative view; expected a tensor that holds its own numbers")
+    if lack := device.lack_of_memory(tensor):
+        raise ValueError(f"{what} {lack}")
     size = tensor.element_size()
     strides = tuple(size * s for s in tensor.stride())
     shadow = _shadow(tensor.data_ptr(), tuple(tensor.shape), typestr, strides, False, what)
@@ -187,8 +199,8 @@ def _look_at_tensor(tensor: Any, what: str) -> View:
 def _from_dlpack(value: Any, what: str) -> Any:
     """Something with ``__cuda_array_interface__`` that shares an array's memory which only has DLPack."""
     for name in ("torch", "cupy"):
-        if name in sys.modules:
-            return sys.modules[name].from_dlpack(value)
+        if convert := device.loaded(name, "from_dlpack"):
+            return convert(value)
     raise TypeError(f"{what} is a CUDA array with DLPack only; that needs PyTorch or CuPy to be imported")
 
 
@@ -197,11 +209,12 @@ def _shadow(
 ) -> np.ndarray:
     """A NumPy array that stands for a CUDA array."""
     half = typestr == "<V2"
-    if half and "ml_dtypes" not in sys.modules:
+    bfloat16 = device.loaded("ml_dtypes", "bfloat16")
+    if half and bfloat16 is None:
         raise TypeError(f"{what} is bfloat16, which needs the package ml_dtypes to be imported")
     array = stand_in(address, shape, "<u2" if half else typestr, strides, read_only)
     if half:
-        array = array.view(sys.modules["ml_dtypes"].bfloat16)
+        array = array.view(bfloat16)
     if not array.flags.c_contiguous:
         raise ValueError(f"{what} has strides {array.strides}; expected a contiguous CUDA array")
     if not array.flags.aligned:
@@ -235,11 +248,11 @@ def look_at(value: Any, what: str) -> np.ndarray:
 def zeros_like(weight: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     """Zeros of a weight's library, and on its device."""
     view = look(weight, "weight")
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and isinstance(weight, torch.Tensor):
+    torch, cupy = library_of(weight)
+    if torch is not None:
         kind = weight.dtype if dtype == view.shadow.dtype else getattr(torch, dtype.name)
         return torch.zeros(shape, dtype=kind, device=weight.device)
-    if cupy is not None and isinstance(weight, cupy.ndarray):
+    if cupy is not None:
         with cupy.cuda.Device(view.device):
             return cupy.zeros(shape, dtype)
     return kernels().driver.array(view.device, np.zeros(shape, dtype))
@@ -248,10 +261,10 @@ def zeros_like(weight: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
 def as_single(weight: Any, what: str) -> Any:
     """A float32 copy of a weight, of its library, and on its device."""
     view = look(weight, what)
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and isinstance(weight, torch.Tensor):
+    torch, cupy = library_of(weight)
+    if torch is not None:
         return weight.detach().to(torch.float32, copy=True)
-    if cupy is not None and isinstance(weight, cupy.ndarray):
+    if cupy is not None:
         with cupy.cuda.Device(view.device):
             return weight.astype(np.float32)
     return kernels().driver.array(view.device, to_host(weight, what).astype(np.float32))
@@ -297,7 +310,8 @@ def address_of(value: Any) -> int:
 
 def kind_of(value: Any) -> Any:
     """All that matters of a PyTorch tensor but its address, found quickly; None of any other array."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+    torch, _ = library_of(value)
+    if torch is None or value.layout is not torch.strided or value.is_neg():
         return None
-    return value.dtype, value.device, value.shape, value.stride()
+    there = value.untyped_storage().nbytes() - value.storage_offset() * value.element_size()
+    return value.dtype, value.device, value.shape, value.stride(), there

@@ -6,7 +6,6 @@ lead outside are left out, and that is told to whoever asks; columns that lead o
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 from . import device, sparse
@@ -46,8 +45,8 @@ class Parts(NamedTuple):
 
 def is_sparse(grad: Any) -> bool:
     """Whether a gradient is one that this module deals with."""
-    scipy = sys.modules.get("scipy.sparse")
-    if scipy is not None and scipy.issparse(grad):
+    issparse = device.loaded("scipy.sparse", "issparse")
+    if issparse is not None and issparse(grad):
         return False
     return hasattr(grad, "tocsr") or (isinstance(grad, RowSparse) and grad.on_cuda)
 

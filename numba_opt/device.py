@@ -212,10 +212,12 @@ def as_array(value: Any, what: str) -> np.ndarray:
         raise TypeError(
             f"{what} is on a GPU ({type_name(value)}); expected an array on the CPU, as the weight"
         )
-    torch = sys.modules.get("torch")
+    tensor = loaded("torch", "Tensor")
     try:
-        if torch is not None and isinstance(value, torch.Tensor):
-            return value.detach().numpy()
+        if tensor is not None and isinstance(value, tensor):
+            if lack := lack_of_memory(value):
+                raise ValueError(f"it {lack}")
+            return value.detach().numpy()  # a view of its own, from which nobody can take the memory away
         if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):  # a scalar is a copy
             return np.asarray(value)
         if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
@@ -223,6 +225,30 @@ def as_array(value: Any, what: str) -> np.ndarray:
     except (TypeError, RuntimeError, BufferError, ValueError) as error:
         raise TypeError(f"{what} ({type_name(value)}) cannot be viewed as a NumPy array: {error}") from error
     raise TypeError(f"{what} is {type_name(value)}; expected an array")
+
+
+def loaded(module: str, name: str) -> Any:
+    """What a module calls by some name, if it has been imported that far, perhaps by another thread."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def lack_of_memory(tensor: Any) -> str:
+    """What keeps the memory of torch's strided tensor from being read; empty if there is nothing."""
+    if tensor.numel() == 0 or str(tensor.layout) != "torch.strided":
+        return ""
+    reach = 1 + sum((n - 1) * stride for stride, n in extents(tensor, tensor.stride()))
+    size = tensor.element_size()
+    there = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
+    if reach * size > there:
+        return f"needs {reach * size} bytes of its storage, which has {max(there, 0)} for it"
+    return "" if tensor.data_ptr() else "has no memory"
+
+
+def extents(tensor: Any, strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Strides and lengths of the dimensions in which torch's tensor has more than one element."""
+    if tensor.numel() == 0:
+        return []
+    return [(stride, n) for stride, n in zip(strides, tensor.shape, strict=True) if n > 1]
 
 
 def zeros_like(weight: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -239,8 +265,8 @@ def on_cuda(value: Any) -> bool:
     """Whether an array is on a GPU: what decides between `numba_opt.execution` and `numba_opt.cuda`."""
     if isinstance(value, np.ndarray):
         return False
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    tensor = loaded("torch", "Tensor")
+    if tensor is not None and isinstance(value, tensor):
         return bool(value.is_cuda)
     if hasattr(value, "__cuda_array_interface__"):
         return True

@@ -14,23 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import device
+from . import device, rules
 from .kernels import cpu, ndarray, rounding, threads
 from .kernels.elements import prepare
+from .rules import Rule as Rule
 from .sparse import Parts
-
-
-class Rule(NamedTuple):
-    """What the loops need to know of an optimizer."""
-
-    function: Callable[..., Any]
-    n_state: int
-    per_row: bool
-
-    @property
-    def n_hyper(self) -> int:
-        """How many hyper-parameters the function takes."""
-        return self.function.__code__.co_argcount - 2 - self.n_state - int(self.per_row)
 
 
 class History:
@@ -41,12 +29,13 @@ class History:
     written in Python, which belong to the step that they record.
     """
 
+    TRIM = 256  # steps; from then on those that every row has taken are forgotten, now and then
     LIMIT = 65_536  # steps; beyond it some of the rows that nobody touches catch up at each step
 
     def __init__(self, length: int, real: np.dtype) -> None:
         self.recorded = 0
         self._rows = np.zeros((16, length), real)
-        self._trim_at = 256
+        self._trim_at = self.TRIM
         self._next = 0  # the row with which the next ones that nobody has touched begin
 
     @classmethod
@@ -64,6 +53,11 @@ class History:
         self._rows[self.recorded] = row
         return self._rows[: self.recorded + 1]
 
+    @property
+    def length(self) -> int:
+        """How many hyper-parameters a step has."""
+        return int(self._rows.shape[1])
+
     def rows(self) -> np.ndarray:
         """The recorded steps' hyper-parameters."""
         return self._rows[: self.recorded]
@@ -80,7 +74,7 @@ class History:
             partial(np.subtract, stamps, passed, stamps),
             partial(setattr, self, "_rows", room),
             partial(setattr, self, "recorded", left),
-            partial(setattr, self, "_trim_at", max(256, 2 * left)),
+            partial(setattr, self, "_trim_at", max(self.TRIM, min(2 * left, left + self.LIMIT // 2))),
         ]
 
     def overdue(self, height: int) -> np.ndarray:
@@ -172,28 +166,45 @@ class Launch(NamedTuple):
     offsets: np.ndarray
     elements: int
     real: np.dtype
+    length: int  # of a row of hyper-parameters
+    longest: int
+    scratch: int
 
 
 def launches(rule: Rule, tables: Sequence[device.Table]) -> list[Launch]:
     """The kernels for some tables, compiled."""
-    return [
-        Launch(
-            cpu.dense(*rule, table.layout),
-            table.addresses,
-            table.offsets,
-            table.elements,
-            cpu.compute_dtype(table.layout.split()[1]),
-        )
-        for table in tables
-    ]
+    return [_launch(rule, table) for table in tables]
+
+
+def _launch(rule: Rule, table: device.Table) -> Launch:
+    weight = table.layout.split()[1]
+    widest = int(table.addresses[:, -2].max())
+    return Launch(
+        rules.kernel(cpu.dense, rule, table.layout),
+        table.addresses,
+        table.offsets,
+        table.elements,
+        cpu.compute_dtype(weight),
+        rule.row_length(table.layout),
+        widest if rule.per_row else 1,
+        cpu.scratch_bytes(weight, rule.per_row, widest),
+    )
 
 
 def dense_jobs(prepared: Sequence[Launch], hyper: Any) -> list[threads.Job]:
     """Kernel calls with these rows of hyper-parameters."""
     return [
-        (kernel, (addresses, offsets, np.array(hyper, real)), elements)
-        for kernel, addresses, offsets, elements, real in prepared
+        threads.Job(kernel, (addresses, offsets, _as_rows(hyper, real, length)), elements, longest, scratch)
+        for kernel, addresses, offsets, elements, real, length, longest, scratch in prepared
     ]
+
+
+def _as_rows(hyper: Any, real: np.dtype, length: int) -> np.ndarray:
+    """Rows of hyper-parameters as a kernel takes them, which has no other way to know their length."""
+    rows = np.array(hyper, real)
+    if rows.shape[1] != length:
+        raise RuntimeError(f"rule was changed within a step: it takes {length} numbers, not {rows.shape[1]}")
+    return rows
 
 
 class Prepared:
@@ -208,11 +219,14 @@ class Prepared:
             self.found.addresses[:, -3] = request.numbers
         self.tables: list[device.Table] = []
         self.launches: list[Launch] = []  # empty while the tables are not of use
+        self.rule: Rule | None = None  # that the launches are made of
         self.which: Any = ()
 
     def take(self, ids: np.ndarray, request: device.Request, rule: Rule) -> bool:
         """Bring the tables to where these arrays are; False if any of them needs a closer look."""
         found, n_state = self.found, request.n_state
+        if rule != self.rule:
+            self.launches, self.rule = [], rule
         before, self.launches = self.launches, []  # nothing is of use if an exception comes in between
         answer = ndarray.survey(ids, ndarray.known(), ndarray.NONE, n_state, request.per_row, *found)
         if before and answer == ndarray.SAME:
@@ -248,9 +262,10 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Jo
         groups.setdefault((parts.form, _layout(rule, work, t), own), []).append(t)
     jobs = []
     for (form, layout, own), members in groups.items():
-        real = cpu.compute_dtype(layout.split()[0])
+        weight = layout.split()[0]
+        real = cpu.compute_dtype(weight)
         exact = own is not None
-        entries, elements = [], [0]
+        entries, elements, widest, summed = [], [0], 1, False
         for t in members:
             parts, arrays = work.parts[t], work.bound.found.addresses[t]
             stamps = work.stamps[t].ctypes.data if exact else 0
@@ -258,25 +273,36 @@ def _row_jobs(rule: Rule, work: Work, hyper: Any, which: Any) -> list[threads.Jo
             head = [_address(array) for array in (parts.data, parts.rows, parts.starts, parts.places)]
             size = 0 if parts.places is None else parts.places.itemsize
             row = 0 if exact else int(which[t])
-            count = len(parts.rows)
-            entries.append([*head, stamps, recorded, count, size, *_own(rule, layout, arrays), row])
-            elements.append(elements[-1] + parts.lines * int(arrays[-2]))
-        rows = np.array(hyper, real) if own is None else work.histories[own].with_current(hyper[which[own]])
-        kernel = cpu.rows(*rule, layout, form, exact)
-        table = np.array(entries, np.uint64)
-        jobs.append((kernel, (table, np.array(elements, np.int64), rows), elements[-1]))
+            count, width = len(parts.rows), int(arrays[-2])
+            height = int(work.bound.found.sizes[t]) // max(width, 1)
+            entries.append([*head, stamps, recorded, count, size, height, *_own(rule, layout, arrays), row])
+            elements.append(elements[-1] + parts.lines * width)
+            widest = max(widest, width)
+            summed |= parts.starts is not None or form != f"block f{real.itemsize}"
+        rows = _as_rows(hyper, real, rule.row_length(layout))
+        if own is not None:
+            rows = work.histories[own].with_current(rows[which[own]])
+        kernel = rules.kernel(cpu.rows, rule, layout, form, exact)
+        args = (np.array(entries, np.uint64), np.array(elements, np.int64), rows)
+        scratch = cpu.scratch_bytes(weight, rule.per_row, widest, summed)
+        if own is not None and len(overdue := work.histories[own].overdue(len(work.stamps[own]))):
+            jobs.append(_catch_up(rule, work, own, overdue))
+        jobs.append(threads.Job(kernel, args, elements[-1], widest, scratch))
     return jobs
 
 
-def _catch_up(rule: Rule, work: Work, t: int) -> threads.Job:
-    """The kernel call that brings all rows of a parameter up to date."""
+def _catch_up(rule: Rule, work: Work, t: int, some: np.ndarray | None = None) -> threads.Job:
+    """The kernel call that brings all rows of a parameter, or some of them, up to date."""
     history, arrays, layout = work.histories[t], work.bound.found.addresses[t], _layout(rule, work, t)
     stamps = work.stamps[t].ctypes.data
-    entry = [0, 0, 0, 0, stamps, history.recorded, 0, 0, *_own(rule, layout, arrays), 0]
-    elements = int(work.bound.found.sizes[t])
-    kernel = cpu.rows(*rule, layout, "none", True)
+    elements, width = int(work.bound.found.sizes[t]), int(arrays[-2])
+    height = elements // max(width, 1)
+    elements = elements if some is None else len(some) * width
+    entry = [0, _address(some), 0, 0, stamps, history.recorded, 0, 0, height, *_own(rule, layout, arrays), 0]
+    kernel = rules.kernel(cpu.rows, rule, layout, "none", True)
     table, offsets = np.array([entry], np.uint64), np.array([0, elements], np.int64)
-    return kernel, (table, offsets, history.rows()), elements
+    scratch = cpu.scratch_bytes(layout.split()[0], rule.per_row, width)
+    return threads.Job(kernel, (table, offsets, history.rows()), elements, max(width, 1), scratch, some)
 
 
 def _layout(rule: Rule, work: Work, t: int) -> str:
@@ -299,6 +325,7 @@ def on_arrays(rule: Rule, work: Work, hyper: Any, which: Sequence[int]) -> list[
 
     Everything is worked out in copies. What is returned puts them into their places.
     """
+    rules.check_on_arrays(rule)
     written = []
     for t in range(len(which)):
         grad, *arrays = (column[t] for column in work.bound.arrays)
@@ -426,6 +453,7 @@ def flush(rule: Rule, work: Work, fused: bool) -> None:
         if fused:
             jobs.append(_catch_up(rule, work, t))
         else:
+            rules.check_on_arrays(rule)
             arrays = [column[t] for column in work.bound.arrays[1:]]
             fresh: list[Any] = [None if array is None else array.copy() for array in arrays]
             weight, *rest = fresh
@@ -452,7 +480,7 @@ def gradient_norm(tables: Sequence[device.Table], work: Work | None, grads: Sequ
     total = 0.0
     for code, addresses, offsets in jobs:
         partial = np.zeros((-(-int(offsets[-1]) // threads.CHUNK), 1))
-        threads.run([(cpu.squares(code), (addresses, offsets, partial), int(offsets[-1]))])
+        threads.run([threads.Job(cpu.squares(code), (addresses, offsets, partial), int(offsets[-1]))])
         total += float(partial.sum())
     if 1e-290 < total < math.inf:  # else squares may have left the range of double precision
         return math.sqrt(total)

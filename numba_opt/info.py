@@ -17,7 +17,7 @@ from numba.core.registry import cpu_target
 
 from . import __version__, cuda_arrays
 from .errors import CudaUnavailableError
-from .kernels import cache, threads
+from .kernels import cache, private, threads
 from .warmup import cores
 
 __all__ = ["cache_usage", "clear_cache", "collect", "text"]
@@ -52,7 +52,9 @@ def text(found: Mapping[str, Any]) -> str:
     processor, work, kept = found["processor"], found["threads"], found["cache"]
     versions = [f"{name} {version}" for name, version in found["versions"].items() if version]
     optional = [f"{name} {version}" for name, version in found["optional"].items() if version]
-    writable = "" if kept["writable"] else ", cannot be written: kernels are compiled in each process"
+    fault = "" if kept["trusted"] else f", not trusted, as {kept['why']}"
+    fault = fault or ("" if kept["writable"] else ", cannot be written")
+    fault += ": kernels are compiled in each process" if fault else ""
     lines = {
         "versions": ", ".join(versions),
         "optional": ", ".join(optional) or "none installed",
@@ -61,7 +63,7 @@ def text(found: Mapping[str, Any]) -> str:
         "threads": f"{work['count']}, {work['why']}",
         "layer": work["layer"],
         "cuda": ", ".join(map(_gpu, found["cuda"]["devices"])) or f"no devices: {found['cuda']['why']}",
-        "cache": f"{kept['folder']}, {kept['entries']} kernels, {kept['bytes'] / 2**20:.1f} MiB{writable}",
+        "cache": f"{kept['folder']}, {kept['entries']} kernels, {kept['bytes'] / 2**20:.1f} MiB{fault}",
     }
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
 
@@ -126,15 +128,21 @@ def _entries(*suffixes: str) -> list[Path]:
 
 
 def cache_usage() -> dict[str, Any]:
-    """Where compiled kernels are kept, how many and how large they are, and whether there can be more."""
+    """Where compiled kernels are kept, how many and how large they are, and whether there can be more.
+
+    What others may have written is not trusted: it says why.
+    """
     entries = _entries(".nbc")
     folder = cache.folder()
+    why = private.distrusted(folder)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return {
         "folder": str(folder),
         "entries": len(entries),
         "bytes": sum(_size(path) for path in entries),
         "writable": nearest.is_dir() and os.access(nearest, os.W_OK),
+        "trusted": not why,
+        "why": why,
     }
 
 

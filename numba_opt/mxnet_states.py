@@ -14,12 +14,12 @@ import os
 import pickletools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import CheckpointError
+from . import files
+from .errors import NONSENSE, CheckpointError
 
 __all__ = ["load_mxnet_optimizer", "load_mxnet_states"]
 
@@ -115,7 +115,8 @@ def load_mxnet_optimizer(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[int | str, Any], dict[str, Any] | None]:
-    content = Path(path).read_bytes()
+    with files.opened(path) as file:
+        content = file.readall()
     try:
         return parse(content)
     except CheckpointError as error:
@@ -134,8 +135,8 @@ def parse(content: bytes) -> tuple[dict[int | str, Any], dict[str, Any] | None]:
         return nests, None if optimizer is None else _attributes(optimizer, OPTIMIZERS)
     except CheckpointError:
         raise
-    except Exception as error:  # pickletools and the stack below raise many kinds on damaged files
-        raise CheckpointError(f"not a whole file of MXNet's states: {error}") from error
+    except NONSENSE as error:  # pickletools and the stack below raise many kinds on damaged files
+        raise CheckpointError(f"not a whole file of MXNet's states: {str(error)[:200]}") from error
 
 
 @dataclass(frozen=True)
@@ -341,6 +342,8 @@ def _attributes(made: Any, names: set[str]) -> dict[str, Any]:
         raise CheckpointError("an optimizer or scheduler that is not whole")
     found: dict[str, Any] = {"class": made.name.rpartition(".")[2]}
     for key, value in (made.state or {}).items():
+        if key == "class":
+            raise CheckpointError("an attribute is called 'class'")
         if key == "lr_scheduler" and value is not None and names is OPTIMIZERS:
             found[key] = _attributes(value, SCHEDULERS)
         elif _is_flat(value):

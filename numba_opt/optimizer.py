@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import arguments, cuda, cuda_arrays, cuda_history, device, execution, sparse
+from . import arguments, cuda, cuda_arrays, cuda_history, device, execution, rules, sparse
 from .kernels import ndarray, rounding, threads
 from .lr_scheduler import LRScheduler
 from .torch_form import TorchForm
@@ -102,6 +102,8 @@ class Optimizer:
         The rule's states, in the order of its arguments. They begin at zero.
     per_row : bool
         Weights are matrices and states hold one number for each row.
+    variants : tuple of dict
+        Options with which the class has each of its rules: what there is to warm up.
     torch_form : type, optional
         A `numba_opt.torch_form.TorchForm`: the class of this optimizer in `numba_opt.torch`.
     num_update : int
@@ -135,7 +137,10 @@ class Optimizer:
     rule: Callable[..., Any] | None = None
     state_names: tuple[str, ...] = ()
     per_row: bool = False
-    torch_form: type[TorchForm] | None = None
+    torch_form: ClassVar[type[TorchForm] | None] = None
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+
+    _checked: rules.Checked | None = None
 
     def __init__(
         self,
@@ -367,6 +372,8 @@ class Optimizer:
             `state_dtype` if that is given.
         """
         what = f"weight of {self._label(index)}"
+        if self.rule is not None:
+            self._rule()  # whose states they are
         if device.on_cuda(weight):
             array, zeros_like = cuda_arrays.look_at(weight, what), cuda_arrays.zeros_like
         else:
@@ -417,7 +424,11 @@ class Optimizer:
         Computed in double precision once a step, then cast to the weights' precision: constants such as
         ``1 - beta2`` belong here, not in the rule.
         """
-        raise TypeError(f"{type(self).__name__} has no rule: define rule and hyper, or override step")
+        name = type(self).__name__
+        if self.rule is not None:
+            what = rules.name_of(self.rule, name)
+            raise TypeError(f"{what} has no coefficients: define hyper(self, lr, t)")
+        raise TypeError(f"{name} has no rule: define rule and hyper, or override step")
 
     def step(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
@@ -592,8 +603,14 @@ class Optimizer:
         found = self._history.get(index)
         if isinstance(found, cuda_history.History):  # the arrays have come from a GPU
             found = self._history[index] = execution.History.of(found.rows())
-        if found is None:
-            found = self._history[index] = execution.History(*self._recorded_as(dtype))
+        length, real = self._recorded_as(dtype)
+        if found is None or not found.recorded:
+            found = self._history[index] = execution.History(length, real)
+        if found.length != length:
+            raise ValueError(
+                f"{self._label(index)} has recorded steps of {found.length} hyper-parameters; "
+                f"expected {length}: flush it before its rule changes"
+            )
         return found
 
     def _recorded_as(self, dtype: np.dtype) -> tuple[int, np.dtype]:
@@ -630,6 +647,7 @@ class Optimizer:
         masters: bool,
     ) -> tuple[device.Request, dict[int, Any]]:
         """The arrays of a call in the order that kernels take them, and the rows' stamps by position."""
+        self._rule()  # is in order, or states could not be told from what they should be
         copies: list[list[Any]] = []
         stamps: dict[int, Any] = {}
         if masters:
@@ -729,7 +747,10 @@ class Optimizer:
     def _hyper_row(self, rescale: float, lr: float, wd: float, t: int) -> tuple[float, ...]:
         """What a kernel gets for a parameter's `t`-th update."""
         clip = math.inf if self.clip_gradient is None else self.clip_gradient
-        row = (rescale, clip, wd, *self.hyper(lr, t))
+        own = self.hyper(lr, t)
+        self._rule()
+        assert self._checked is not None
+        row = (rescale, clip, wd, *self._checked.coefficients(own))
         if self.stochastic_rounding:
             row += rounding.step_numbers(self.seed, t)
         if not math.isfinite(rescale) or any(map(math.isnan, row)):
@@ -739,11 +760,13 @@ class Optimizer:
         return row
 
     def _rule(self) -> execution.Rule:
-        rule: Any = self.rule
-        if rule is None:
-            self.hyper(0.0, 1)  # raises, in words
-        function = getattr(rule, "__func__", rule)  # a function in a class body may come bound
-        return execution.Rule(function, len(self.state_names), self.per_row)
+        """The rule, checked as it is now."""
+        checked = self._checked
+        if checked is None or not checked.holds(self):
+            if self.rule is None:
+                Optimizer.hyper(self, 0.0, 1)  # raises, in words
+            checked = self._checked = rules.Checked(self)
+        return checked.rule
 
     def _label(self, index: Index) -> str:
         name = self.idx2name.get(index)
@@ -761,7 +784,7 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # objects of the program, and addresses of this process
-        gone = ("param_dict", "_prepared", "_prepared_on_cuda", "_owner", "_ahead")
+        gone = ("param_dict", "_prepared", "_prepared_on_cuda", "_owner", "_ahead", "_checked")
         counts = dict(self._index_update_count)
         return {k: v for k, v in vars(self).items() if k not in gone} | {"_counts": counts}
 

@@ -7,8 +7,8 @@ kernel, which sums a row's parts just before it needs them.
 
 from __future__ import annotations
 
+import copy
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -71,10 +71,10 @@ class RowSparse:
         self.distinct = bool(distinct)
         self.rows, self.values = rows, values
         if not self.on_cuda:
-            self.rows = rows if isinstance(rows, np.ndarray) else np.asarray(rows)
+            self.rows = _as_numpy(rows, "rows of RowSparse")
             if self.rows.size == 0 and not isinstance(rows, np.ndarray):
                 self.rows = self.rows.astype(np.int64)
-            self.values = values if isinstance(values, np.ndarray) else np.asarray(values)
+            self.values = _as_numpy(values, "values of RowSparse")
         try:
             self.shape = tuple(arguments.count("shape", n, 0) for n in shape)
         except TypeError as error:
@@ -141,6 +141,16 @@ class RowSparse:
         return f"RowSparse of shape {self.shape}: {len(self._looked_at()[0]):,} rows, {self.dtype}"
 
 
+def _as_numpy(given: Any, what: str) -> np.ndarray:
+    """Numbers as a NumPy array; one of torch's tensors must have the memory that it says it has."""
+    if isinstance(given, np.ndarray):
+        return given
+    tensor = device.loaded("torch", "Tensor")
+    if tensor is not None and isinstance(given, tensor):
+        return device.as_array(given, what)
+    return np.asarray(given)
+
+
 class Parts(NamedTuple):
     """What the kernel needs to know of a gradient; it keeps the arrays alive."""
 
@@ -181,8 +191,8 @@ def is_sparse(grad: Any) -> bool:
     """Whether a gradient is one that this module deals with."""
     if isinstance(grad, RowSparse):
         return True
-    scipy_sparse = sys.modules.get("scipy.sparse")
-    return scipy_sparse is not None and scipy_sparse.issparse(grad)
+    issparse = device.loaded("scipy.sparse", "issparse")
+    return issparse is not None and bool(issparse(grad))
 
 
 def joined(sum_so_far: Any, grad: Any, weight: Any, what: str) -> Any:
@@ -252,6 +262,7 @@ def _as_csr(grad: Any, what: str) -> Any:
         "because rows are what is updated",
         stacklevel=arguments.outside(),
     )
+    grad = copy.deepcopy(grad)  # whoever changes the caller's arrays does not change what has been checked
     height, width = grad.shape
     if grad.format == "coo":
         data = _plain(grad.data, f"data of {what}", "fV")
@@ -303,7 +314,10 @@ def _block_parts(grad: RowSparse, what: str) -> Parts:
 
 def by_row(values: np.ndarray, code: str, numbers: np.ndarray, height: int, what: str) -> Parts:
     """A block of rows, stored as `code` says, and the numbers of the rows they belong to."""
-    rows = np.ascontiguousarray(numbers, np.int64)
+    numbers = np.array(numbers)  # what is looked at is what is used, whoever changes the caller's meanwhile
+    if len(numbers) != len(values):
+        raise ValueError(f"rows of {what} have length {len(numbers)}; expected {len(values)}, as the values")
+    rows = numbers.astype(np.int64, copy=False)
     form = f"block {code}"
     order = merge.look(rows, height)
     if order == merge.GOOD:
@@ -316,20 +330,22 @@ def by_row(values: np.ndarray, code: str, numbers: np.ndarray, height: int, what
 
 def _csr_parts(matrix: Any, what: str) -> Parts:
     height, width = matrix.shape
-    rows, starts, even = _check_compressed(matrix, what, height, width)
-    entries = int(starts[-1])
-    data = _stored(matrix.data[:entries])
+    rows, starts, even, data, columns = _check_compressed(matrix, what, height, width)
+    data = _stored(data)
     code = device.code_of(data.dtype)
     if even:
         return Parts(f"block {code}", data, rows, None, None)
-    return Parts(f"csr {code}", data, rows, starts, np.ascontiguousarray(matrix.indices[:entries]))
+    return Parts(f"csr {code}", data, rows, starts, columns)
 
 
-def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> tuple[np.ndarray, np.ndarray, bool]:
+def _check_compressed(
+    matrix: Any, what: str, major: int, minor: int
+) -> tuple[np.ndarray, np.ndarray, bool, np.ndarray, np.ndarray]:
     """Refuse numbers in a matrix by rows (or columns) that lead outside.
 
-    Returns the rows that hold an entry, where each one's entries begin (and where the last one's end), and
-    whether all of these rows are full and their columns in order.
+    Returns the rows that hold an entry, where each one's entries begin (and where the last one's end), all of
+    them copies; whether all of these rows are full and their columns in order; and the entries and columns,
+    as they were when they were looked at, unless somebody changes them meanwhile.
     """
     data, indices, indptr = matrix.data, matrix.indices, matrix.indptr
     check_compressed(data, indices, indptr, major, what, 3 if matrix.format == "bsr" else 1)
@@ -337,11 +353,12 @@ def _check_compressed(matrix: Any, what: str, major: int, minor: int) -> tuple[n
     bad, full, rows, starts = merge.rows_of_csr(np.ascontiguousarray(indptr), available, minor)
     if bad:
         raise ValueError(_what_is_wrong(indptr, data, indices, what))
-    used = np.ascontiguousarray(indices[: starts[-1]])
+    entries = int(starts[-1])
+    used = np.ascontiguousarray(indices[:entries])
     order = _look_at_columns(used, minor)
     if order == merge.BAD:
         check_numbers(used, f"indices of {what}", minor)
-    return rows, starts, full and order == merge.GOOD
+    return rows, starts, full and order == merge.GOOD, data[:entries], used
 
 
 def check_compressed(data: Any, indices: Any, indptr: Any, major: int, what: str, ndim: int = 1) -> None:
@@ -366,7 +383,7 @@ def _look_at_columns(columns: np.ndarray, width: int) -> int:
     found = np.zeros((-(-len(columns) // threads.CHUNK), 1))
     offsets = np.array([0, len(columns)], np.int64)
     kernel = cpu.columns(f"i{columns.itemsize}")
-    threads.run([(kernel, (table, offsets, found), len(columns))])
+    threads.run([threads.Job(kernel, (table, offsets, found), len(columns))])
     return int(found.max())
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import device, execution
-from .kernels import counters, interrupts, ndarray, threads
+from .kernels import counters, dlpack, interrupts, ndarray, threads
 from .torch_tensors import (
     check_gradient,
     check_memory,
@@ -29,12 +29,15 @@ from .torch_tensors import (
     laid_out,
     local,
     look,
+    nbytes,
     parts_of,
     placements,
-    room,
     survey,
     unseen,
+    write_back,
 )
+
+COUNTER = 4  # bytes of a number of updates
 
 
 class Kind(NamedTuple):
@@ -163,8 +166,8 @@ class Batch:
         work = [list(map(laid_out, column, self.orders)) for column in columns[:n_column]]
         self.odd = [t for t, grad in enumerate(columns[0]) if work[0][t] is not grad]
         columns[0] = work[0]
-        self.replaced = [
-            (given.detach(), array)
+        self.replaced = [  # as what writes the copies back
+            write_back(given, array)
             for column, arrays in zip(columns[1:n_column], work[1:], strict=True)
             for given, array in zip(column, arrays, strict=True)
             if array is not given
@@ -178,9 +181,24 @@ class Batch:
         self.item_sizes = np.array(sizes, np.uint64).T
         self.counters = np.array([x.data_ptr() for c in columns[n_column:] for x in c], np.uint64)
         self.held: Any = (work, columns)  # alive until the step has been made
-        self.ids = ndarray.objects(columns)
+        shown = [*work, *columns[n_column:]]  # the columns, but for what is worked on in copies
+        self.ids = ndarray.objects(shown)
         self.seen = unseen(self.ids, max(weight.ndim for weight in weights))
-        look(columns, self.ids, self.seen)
+        if look(shown, self.ids, self.seen) == ndarray.STRANGE or not self._as_seen(work):
+            raise TypeError(
+                f"tensors of {', '.join(self.labels[:5])} do not lie where their classes say; "
+                "expected ordinary tensors"
+            )
+
+    def _as_seen(self, work: Sequence[Sequence[Any]]) -> bool:
+        """Whether the tables say what has been seen of the tensors, and no more."""
+        found, n_column = self.found, self.found.bytes.shape[1]
+        at, room = self.seen[..., dlpack.ADDRESS].T.astype(np.uint64), self.seen[..., dlpack.ROOM].T
+        wrong = (at[:, :n_column] != found.addresses[:, :n_column]) | (room[:, :n_column] < found.bytes)
+        sized = [list(map(nbytes, column)) for column in work] == found.bytes.T.tolist()
+        counted = at[:, n_column:].T.ravel().tolist() == self.counters.tolist()
+        full = found.bytes > 0
+        return sized and counted and not (wrong & full).any() and bool((room[:, n_column:] >= COUNTER).all())
 
     def _what(self) -> list[str]:
         """What the columns hold."""
@@ -195,7 +213,7 @@ class Batch:
                 if c in states:
                     shape = (weight.shape[0], 1) if self.kind.rule.per_row else tuple(weight.shape)
                     check_state(tensor, weight, shape, what)
-                if tensor.layout == torch.strided:
+                if c > 0 or not tensor._is_zerotensor():  # a gradient of zeros may be without memory
                     check_storage(tensor, what)
 
     def _dense(self, grads: Sequence[Any]) -> list[Any]:
@@ -245,10 +263,13 @@ class Batch:
             if grads[t].layout != torch.sparse_coo:
                 return False
             check_gradient(grads[t], columns[1][t], f"gradient of {self.labels[t]}")
+        for t in self.odd:  # they are copied
+            grad = check_gradient(grads[t], columns[1][t], f"gradient of {self.labels[t]}")
+            if grad.layout != torch.strided:
+                return False
+            if not grad._is_zerotensor():
+                check_storage(grad, f"gradient of {self.labels[t]}")
         columns[0] = self._dense(grads)
-        dense = [grad for grad in columns[0] if grad is not None] if self.sparse else columns[0]
-        if any(map(Tensor.is_neg, dense)):
-            return False
         if self.wrapped:
             self.ids = ndarray.objects(columns)
         self.ids[0] = np.fromiter(map(id, columns[0]), np.uint64, len(grads))
@@ -258,7 +279,7 @@ class Batch:
             self._take_parts(grads)
         if answer == ndarray.SAME and not self.sparse:
             return True
-        return answer <= ndarray.MOVED and self._move(columns)
+        return answer <= ndarray.MOVED and self._move()
 
     def _has_states(self) -> bool:
         """Whether the optimizer's state still has the objects that the tables were made of."""
@@ -270,21 +291,19 @@ class Batch:
         except KeyError:
             return False
 
-    def _move(self, columns: Sequence[Sequence[Any]]) -> bool:
+    def _move(self) -> bool:
         """Bring the tables to where the tensors have moved; False if they may not lie there."""
         found = self.found
         n_column = found.bytes.shape[1]
-        now = self.seen[..., 0].T.astype(np.uint64)
+        now, room = self.seen[..., dlpack.ADDRESS].T.astype(np.uint64), self.seen[..., dlpack.ROOM].T
         now, counters = now[:, :n_column], now[:, n_column:]
-        full = found.bytes > 0
-        if not counters.all() or (full & ((now == 0) | (now % self.item_sizes != 0))).any():
+        if not counters.all() or (room[:, n_column:] < COUNTER).any():
             return False
-        moved = full & (now != found.addresses[:, :n_column])
-        for c, column in enumerate(columns[:n_column]):
-            which = np.flatnonzero(moved[:, c]).tolist()
-            if which and (room([column[t] for t in which]) < found.bytes[which, c]).any():
-                return False
-        self.counters = counters.ravel()
+        full = found.bytes > 0
+        lost = (now == 0) | (now % self.item_sizes != 0) | (room[:, :n_column] < found.bytes)
+        if (full & lost).any():
+            return False
+        self.counters = counters.T.ravel()
         found.addresses[:, :n_column] = now
         if self._overlapping():
             return False
@@ -311,10 +330,8 @@ class Batch:
 
     def _after(self) -> list[partial[Any]]:
         """Copies are written back, and the update is counted."""
-        written = device.Bound([], self.found, (), self.replaced).write_back()
-        return (
-            [*written, partial(counters.compiled_count_up(), self.counters)] if self.kind.counted else written
-        )
+        counted = [partial(counters.compiled_count_up(), self.counters)] if self.kind.counted else []
+        return [*self.replaced, *counted]
 
     def let_go(self) -> None:
         """Forget the gradients."""

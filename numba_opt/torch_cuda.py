@@ -22,7 +22,7 @@ from .cuda_arrays import View, current_stream, kernels
 from .kernels import threads
 from .sparse import RowSparse
 from .torch_binding import Batch, Formula, Kind, Member
-from .torch_tensors import laid_out, local, memory
+from .torch_tensors import checked_parts, laid_out, local, memory
 
 
 def stream_for(weight: Tensor) -> int:
@@ -70,8 +70,8 @@ class CudaBatch(Batch):
         found = cuda.Found(self.gpu.number, self.part.members, bound, self.parts, set())
         self.part.hold(found, weights[0])
 
-    def _move(self, columns: Sequence[Sequence[Any]]) -> bool:
-        if not super()._move(columns):
+    def _move(self) -> bool:
+        if not super()._move():
             return False
         self._prepare()
         return True
@@ -106,5 +106,6 @@ def block_of(grad: Tensor, what: str) -> RowSparse:
     if grad.dtype == torch.bfloat16:
         with contextlib.suppress(ImportError):  # if it is missing, `RowSparse` says so
             import ml_dtypes  # noqa: F401
-    rows, values = (laid_out(x.detach(), None) for x in (grad._indices()[0], grad._values()))
+    indices, values = checked_parts(grad, what)
+    rows, values = (laid_out(x, None) for x in (indices[0], values))
     return RowSparse(rows, values, tuple(grad.shape), distinct=grad.is_coalesced())

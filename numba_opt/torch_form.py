@@ -33,12 +33,15 @@ class TorchForm:
         Those that can be given by name only.
     counted : bool
         Whether updates are counted, as ``step`` in a parameter's state.
+    rules : tuple of (callable, int)
+        Rules that the optimizer itself has not, with the number of their states: what there is to warm up.
     """
 
     documentation: ClassVar[str]
     options: ClassVar[dict[str, Any]]
     keywords: ClassVar[tuple[str, ...]] = ("maximize",)
     counted: ClassVar[bool] = True
+    rules: ClassVar[tuple[tuple[Callable[..., Any], int], ...]] = ()
 
     @classmethod
     def variant(cls, group: Mapping[str, Any]) -> Variant | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from .torch_binding import Batch, Binding, Formula, Kind, Member
 from .torch_cuda import CudaBatch, stream_for
 from .torch_form import TorchForm, number
 from .torch_tensors import check_gradient, check_parameter, is_counter
+from .turn import Turn
 
 Options = Mapping[str, Any]
 
@@ -53,6 +54,7 @@ class Optimizer(torch.optim.Optimizer):
         given = self.signature.bind(*args, **kwargs).arguments
         params, formula = given.pop("params"), given.pop("formula", "torch")
         given.update(given.pop("options", {}))
+        self._turn = Turn()
         self._forget()
         defaults = self._defaults(arguments.choice("formula", formula, ("torch", "mxnet")))
         given = _renamed({name: value for name, value in given.items() if value is not None}, formula)
@@ -129,13 +131,13 @@ class Optimizer(torch.optim.Optimizer):
         _rate(group)
         return self._mxnet(group) if group["formula"] == "mxnet" else self._torch(group)
 
-    def _current(self) -> list[Formula]:
+    def _current(self, groups: Sequence[Any]) -> list[Formula]:
         """Each group's formula; options may have changed since the last step."""
-        known = self._formulas if len(self._formulas) == len(self.param_groups) else repeat((None, None))
+        known = self._formulas if len(self._formulas) == len(groups) else repeat((None, None))
         chosen = self.defaults["formula"]
         names = self._names(chosen)
         current: list[Any] = []
-        for group, (options, formula) in zip(self.param_groups, known, strict=False):
+        for group, (options, formula) in zip(groups, known, strict=False):
             now = list(map(group.get, names))
             current.append((now, formula if now == options else self._formula_of(group, chosen)))
         self._formulas = current
@@ -173,6 +175,7 @@ class Optimizer(torch.optim.Optimizer):
                 group.setdefault(name, default)
             self._formula_of(group, defaults["formula"])
         super().__setstate__(state)
+        self.__dict__.setdefault("_turn", Turn())
         self._forget()
 
     # ---------------------------------------------------------------- a step
@@ -197,25 +200,44 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        formulas = self._current()
-        rates = list(map(_rate, self.param_groups))
-        params = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
+        claim = self._turn.claim(f"this {type(self).__name__}")
+        try:
+            self._step(list(self.param_groups))
+        finally:
+            del claim
+        return loss
+
+    def _step(self, groups: Sequence[Any]) -> None:
+        """Update the parameters of these groups.
+
+        What is bound is put away only once it is whole, so that nothing is left of a step that an exception
+        cuts off. (`torch.no_grad` is written in Python: cut off, it would stay. Nothing here needs it.)
+        """
+        formulas = self._current(groups)
+        rates = list(map(_rate, groups))
+        members = [list(group["params"]) for group in groups]
+        params = list(chain.from_iterable(members))
         grads = list(map(attrgetter("grad"), params))
         kinds = [formula.kind for formula in formulas]
         absent = bytes(map(is_, grads, repeat(None)))
-        binding = self._bindings.pop(absent, None)  # until the step has been made
+        bindings = self._bindings
+        binding = bindings.pop(absent, None)  # until the step has been made
         if binding is None or not binding.refresh(params, grads, kinds, self.state):
-            if binding is not None or len(self._bindings) >= KEPT:
-                self._bindings.clear()
-            with torch.no_grad():
-                binding = self._bind(params, grads, kinds)
+            if binding is not None or len(bindings) >= KEPT:
+                bindings.clear()
+            places = [(g, k) for g, alike in enumerate(members) for k in range(len(alike))]
+            binding = self._bind(places, params, grads, kinds)
         binding.step(formulas, rates)
-        self._bindings[absent] = binding
-        return loss
+        bindings[absent] = binding
 
-    def _bind(self, params: Sequence[Tensor], grads: Sequence[Any], kinds: Sequence[Kind]) -> Binding:
+    def _bind(
+        self,
+        places: Sequence[tuple[int, int]],
+        params: Sequence[Tensor],
+        grads: Sequence[Any],
+        kinds: Sequence[Kind],
+    ) -> Binding:
         """Look at everything, make the states that are missing, and bind what belongs together."""
-        places = [(g, k) for g, group in enumerate(self.param_groups) for k in range(len(group["params"]))]
         turns: dict[int, int] = {}  # how many times a parameter has come already
         devices = set()
         members: dict[Any, list[Member]] = {}
@@ -242,6 +264,8 @@ class Optimizer(torch.optim.Optimizer):
     def _complete(self, member: Member, kind: Kind) -> None:
         """Make what a parameter's state lacks."""
         state, param = member.state, member.param
+        if not isinstance(state, MutableMapping):
+            raise TypeError(f"state of {member.label} is {type(state).__name__}; expected a dict")
         names = ("step", *kind.states) if kind.counted else kind.states
         lacking = [name for name in names if state.get(name) is None]
         if any(name in state for name in names):
@@ -249,14 +273,26 @@ class Optimizer(torch.optim.Optimizer):
                 if name not in ADDED_LATER:
                     held, expected = ", ".join(state), ", ".join(names)
                     raise ValueError(f"state of {member.label} holds {held}; expected {expected}")
+        made: dict[str, Any] = {}
         for name in lacking:
             if name == "step":
-                state[name] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+                made[name] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             else:
-                like = param[:, :1] if kind.rule.per_row else param
-                state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
-        if kind.counted and not is_counter(state["step"]):  # as old checkpoints have it
-            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
+                like = param.detach()[:, :1] if kind.rule.per_row else param.detach()
+                made[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        if kind.counted and "step" not in made and not is_counter(state["step"]):
+            made["step"] = _counter(state["step"], member.label)
+        state.update(made)  # all at once: half a state would be refused from then on
+
+
+def _counter(step: Any, label: str) -> Tensor:
+    """A number of updates that is not held as torch's optimizers do now, as old checkpoints have it."""
+    try:
+        return torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(
+            f"state 'step' of {label} is {type(step).__name__}; expected a tensor with one number"
+        ) from None
 
 
 def _renamed(options: Options, formula: str) -> dict[str, Any]:

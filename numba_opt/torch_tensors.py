@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
+import operator
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -93,20 +94,44 @@ def _check_kind(tensor: Any, what: str, *layouts: torch.layout) -> None:
     expected = (torch.strided, *layouts)
     if tensor.layout not in expected:
         raise TypeError(f"{what} has layout {tensor.layout}; expected {' or '.join(map(str, expected))}")
+    if not _is_ordinary(tensor):
+        raise TypeError(f"{what} is {_name_of(tensor)}; expected an ordinary tensor")
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether a tensor stands for itself, and not for others or for what is done to it."""
+    return (
+        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not tensor.is_nested
+        and (tensor.layout != torch.strided or torch._C._has_storage(tensor))
+    )
+
+
+def _name_of(tensor: Tensor) -> str:
+    """What a tensor that is not an ordinary one is called in errors."""
+    if tensor.is_nested:
+        return "a nested tensor"
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(f"{what} is a {type(tensor).__name__}; expected an ordinary tensor")
+        return f"a {type(tensor).__name__}"
+    return f"a {type(tensor).__name__} within torch.func, which has no memory"
 
 
 def is_counter(step: Any) -> bool:
     """Whether updates can be counted in a tensor, as torch's optimizers do."""
-    plain = isinstance(step, Tensor) and type(step).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return plain and step.dtype == torch.float32 and step.is_cpu and step.numel() == 1 and not step.is_neg()
+    return (
+        isinstance(step, Tensor)
+        and _is_ordinary(step)
+        and (step.dtype, step.layout) == (torch.float32, torch.strided)
+        and step.is_cpu
+        and step.numel() == 1
+        and not (step.is_neg() or step._is_zerotensor())
+    )
 
 
 def local(tensor: Any) -> Any:
     """The tensor itself, or the shard of a distributed one that this process holds."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
+    distributed = device.loaded("torch.distributed.tensor", "DTensor")
+    if distributed is not None and isinstance(tensor, distributed):
         with torch.no_grad():
             return tensor.to_local()
     return tensor
@@ -123,18 +148,11 @@ def placements(tensor: Any) -> Any:
 def _fills(tensor: Tensor) -> bool:
     """Whether a tensor's elements fill its memory without gaps or repetition, in whatever order."""
     expected = 1
-    for stride, length in sorted(_strides(tensor, tensor.stride())):
+    for stride, length in sorted(device.extents(tensor, tensor.stride())):
         if stride != expected:
             return False
         expected *= length
     return True
-
-
-def _strides(tensor: Tensor, strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Strides and lengths of the dimensions in which a tensor has more than one element."""
-    if tensor.numel() == 0:
-        return []
-    return [(stride, n) for stride, n in zip(strides, tensor.shape, strict=True) if n > 1]
 
 
 def in_order(weight: Tensor, by_row: bool) -> tuple[int, ...] | None:
@@ -148,15 +166,16 @@ def laid_out(tensor: Any, order: tuple[int, ...] | None) -> Any:
         return None
     if order is None:
         order = (*(math.prod(tensor.shape[d + 1 :]) for d in range(tensor.ndim)),)
-    alike = _strides(tensor, tensor.stride()) == _strides(tensor, order)
-    if alike and tensor.data_ptr() % tensor.element_size() == 0 and not tensor.is_neg():
+    alike = device.extents(tensor, tensor.stride()) == device.extents(tensor, order)
+    as_it_lies = not (tensor.is_neg() or tensor._is_zerotensor())
+    if alike and as_it_lies and tensor.data_ptr() % tensor.element_size() == 0:
         return tensor
     return tensor.new_empty_strided(tensor.shape, order).copy_(tensor.detach())
 
 
 def survey(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
     """Where gradients (or None), weights and states are, as tables are made of it."""
-    sizes = [weight.numel() for weight in columns[1]]
+    sizes = [math.prod(weight.shape) for weight in columns[1]]
     heights = [weight.shape[0] if weight.ndim else 1 for weight in columns[1]]
     widths = [size // height if height else 1 for size, height in zip(sizes, heights, strict=True)]
     blank = [0] * len(sizes)
@@ -167,17 +186,26 @@ def survey(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
     ]
     return ndarray.Survey(
         addresses=np.array([*at, blank, widths, blank], np.uint64).T.copy(),
-        bytes=np.array([[0 if x is None else x.nbytes for x in column] for column in columns]).T.copy(),
+        bytes=np.array([[0 if x is None else _bytes(x) for x in column] for column in columns]).T.copy(),
         sizes=np.array(sizes, np.int64),
         codes=np.array([device.pack(codes) for codes in zip(*kinds, strict=True)], np.int64),
     )
 
 
-def room(tensors: Sequence[Tensor]) -> np.ndarray:
-    """How many bytes each tensor's storage has from the tensor's first element on."""
-    storages = list(map(Tensor.untyped_storage, tensors))
-    before = [x.storage_offset() * x.element_size() for x in tensors]
-    return np.array(list(map(torch.UntypedStorage.nbytes, storages)), np.int64) - np.array(before, np.int64)
+def _bytes(tensor: Tensor) -> int:
+    """How many bytes a tensor has, by its shape and dtype."""
+    return math.prod(tensor.shape) * ndarray.SIZES[ndarray.CODES.index(CODES[tensor.dtype])]
+
+
+def nbytes(tensor: Any) -> int:
+    """How many bytes a tensor has, whatever its class makes of its shape and dtype; 0 for None."""
+    return 0 if tensor is None else int(_own(tensor).nbytes)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor that an object of some class is, in which nothing of the class is left."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return Tensor.detach(tensor)
 
 
 def check_memory(
@@ -197,11 +225,9 @@ def check_memory(
 
 
 def check_storage(tensor: Tensor, what: str) -> None:
-    """Refuse a tensor whose storage has been shrunk or freed."""
-    reach = 1 + sum((n - 1) * stride for stride, n in _strides(tensor, tensor.stride()))
-    needed = reach * tensor.element_size() if tensor.numel() else 0
-    if needed > (there := int(room([tensor])[0])):
-        raise ValueError(f"{what} needs {needed} bytes of its storage, which has {max(there, 0)} for it")
+    """Refuse a tensor that has no memory, or whose storage has been shrunk or freed."""
+    if lack := device.lack_of_memory(tensor):
+        raise ValueError(f"{what} {lack}")
 
 
 def memory(tensor: Tensor) -> np.ndarray:
@@ -215,21 +241,52 @@ def memory(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def write_back(tensor: Tensor, copy: Tensor) -> partial[Any]:
+    """What brings a copy that was worked on to where it belongs: on the CPU without any code in Python.
+
+    (torch's own assignment asks modes and subclasses, which are written in Python.)
+    """
+    tensor = tensor.detach()
+    if tensor.is_cuda or tensor.is_neg():
+        return partial(operator.setitem, tensor, ..., copy)
+    return partial(operator.setitem, memory(tensor), ..., memory(copy))
+
+
 def parts_of(grad: Tensor, what: str) -> sparse.Parts:
     """What a sparse gradient touches; every number in it is checked."""
-    indices, values = grad._indices().detach(), grad._values().detach()
-    if grad.sparse_dim() == 0:
-        raise ValueError(f"{what} has no sparse dimension; expected at least one")
+    grad = _own(grad)
+    indices, values = checked_parts(grad, what)
     rows = indices[0]
     if grad.sparse_dim() > 1:  # rows are made of single numbers, or of parts of rows
         for d, numbers in enumerate(indices.numpy()):
             sparse.check_numbers(numbers, f"indices of {what} in dimension {d}", grad.shape[d])
         rows, places = torch.unique(rows, return_inverse=True)
         real = torch.float64 if values.dtype == torch.float64 else torch.float32
-        sums = torch.zeros((len(rows), *grad.shape[1:]), dtype=real)
+        sums = torch.zeros((len(rows), *grad.shape[1:]), dtype=real, device="cpu")
         values = sums.index_put_((places, *indices[1:]), values.to(real), accumulate=True)
     block = memory(laid_out(values, None))
-    return sparse.by_row(block, CODES[values.dtype], rows.numpy(), grad.shape[0], what)
+    numbers = np.array(rows.numpy())  # their own memory: what is checked is what the kernel gets
+    return sparse.by_row(block, CODES[values.dtype], numbers, grad.shape[0], what)
+
+
+def checked_parts(grad: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """The indices and values of a sparse gradient, which can be changed apart from it."""
+    if grad.sparse_dim() == 0:
+        raise ValueError(f"{what} has no sparse dimension; expected at least one")
+    indices, values = grad._indices().detach(), grad._values().detach()
+    count = indices.shape[-1] if indices.ndim else 0
+    expected = {
+        "indices": (indices, (grad.sparse_dim(), count), torch.int64),
+        "values": (values, (count, *grad.shape[grad.sparse_dim() :]), grad.dtype),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        _check_beside(tensor, grad, shape, f"{name} of {what}")
+        _check_kind(tensor, f"{name} of {what}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} of {what} are {tensor.dtype}; expected {dtype}")
+        if not tensor._is_zerotensor():
+            check_storage(tensor, f"{name} of {what}")
+    return indices, values
 
 
 # -------------------------------------------------------------------- whether anything has changed
@@ -240,8 +297,9 @@ def look(columns: Sequence[Sequence[Any]], ids: np.ndarray, seen: np.ndarray) ->
 
     `ids` are those of the tensors; a gradient that comes another way is None. `unseen` makes `seen`.
     """
-    if function := _asker():
-        return int(dlpack.look(ids, function, ndarray.NONE, seen))
+    functions = _functions()
+    if functions is not None:
+        return _ask(ids, functions, seen)
     before = seen.copy()
     try:
         for c, column in enumerate(columns):
@@ -250,7 +308,7 @@ def look(columns: Sequence[Sequence[Any]], ids: np.ndarray, seen: np.ndarray) ->
                     seen[c, t] = _describe(tensor, (seen.shape[2] - dlpack.HEAD) // 2)
     except (RuntimeError, ValueError):  # no memory; no room
         return ndarray.STRANGE
-    if (before[..., 1:] != seen[..., 1:]).any():
+    if (before[..., 2:] != seen[..., 2:]).any():
         return ndarray.CHANGED
     return ndarray.MOVED if (before != seen).any() else ndarray.SAME
 
@@ -260,22 +318,42 @@ def unseen(ids: np.ndarray, ndim: int) -> np.ndarray:
     return np.zeros((*ids.shape, dlpack.HEAD + 2 * ndim), np.int64)
 
 
+def _ask(ids: np.ndarray, functions: np.ndarray, seen: np.ndarray) -> int:
+    return int(dlpack.look(ids, functions, ndarray.NONE, seen, np.empty(len(dlpack.WORDS), np.int64)))
+
+
 def _describe(tensor: Tensor, ndim: int) -> list[int]:
     """What kernels rely on of a tensor, by its own word: torch before 2.10 has no other way."""
+    tensor = _own(tensor)
     rest = (0,) * (ndim - tensor.ndim)
     kind = id(tensor.dtype) * 64 + tensor.ndim
-    return [tensor.data_ptr(), hash(tensor.device), kind, *tensor.shape, *rest, *tensor.stride(), *rest]
+    room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    head = [tensor.data_ptr(), room, hash(tensor.device), kind, tensor.is_neg()]
+    return [*head, *tensor.shape, *rest, *tensor.stride(), *rest]
 
 
 @functools.cache
-def _asker() -> np.uint64 | None:
-    """The function that `dlpack.look` calls, if it says what some tensors say themselves."""
-    function = np.uint64(dlpack.asker(Tensor))
-    some = [torch.zeros(5, 3, dtype=dtype)[1:].t() for dtype in CODES]
+def _functions() -> np.ndarray | None:
+    """What `dlpack.look` calls and reads, if it says what some tensors say themselves."""
+    blank = partial(torch.zeros, device="cpu")
+    some = [blank(5, 3, dtype=dtype)[1:].t() for dtype in CODES]
+    some += [torch._neg_view(blank(5, 3)).t(), blank(40)[3:18].view(3, 5)]
+    library = dlpack.library(torch._C.__file__)
+    found = [dlpack.asker(Tensor)]
+    found += [dlpack.address_of(library, f"aoti_torch_get_storage_{what}") for what in ("size", "offset")]
+    if not all(found) or not all(x._cdata == dlpack.words(id(x) + ndarray.HEADER, 1)[0] for x in some):
+        return None
+    keys = [torch._C._dispatch_keys(x).raw_repr() for x in some]
+    places = (8 * k for k in range(32))  # the keys are the last thing in the object: nothing beyond is read
+    place = next((at for at in places if [dlpack.words(x._cdata + at, 1)[0] for x in some] == keys), None)
+    if place is None:
+        return None
+    functions = np.array([*found, place], np.uint64)
     ids = ndarray.objects([some])
     seen = unseen(ids, 3)
-    if not function or dlpack.look(ids, function, ndarray.NONE, seen) != ndarray.CHANGED:
+    if _ask(ids, functions, seen) != ndarray.CHANGED:
         return None
-    said = [[x.data_ptr(), *x.shape, 0, *x.stride(), 0] for x in some]
-    told_apart = len(set(seen[0, :, 2].tolist())) == len(some)
-    return function if told_apart and seen[0][:, [0, *range(3, 9)]].tolist() == said else None
+    said = [_describe(x, 3) for x in some]
+    told_apart = len(set(seen[0, : len(CODES), 3].tolist())) == len(CODES)
+    alike = seen[0][:, [0, 1, *range(5, 11)]].tolist() == [[*row[:2], *row[5:]] for row in said]
+    return functions if told_apart and alike else None

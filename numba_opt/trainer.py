@@ -7,7 +7,6 @@ hyper-parameters' rows are made once and kept for as long as they hold.
 from __future__ import annotations
 
 import fnmatch
-import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -532,34 +531,30 @@ class Trainer:
         """
         claim = self._turn.claim("the trainer")
         try:
-            try:
-                calls = self._checked(state_dict)
-            except KeyError as error:
-                raise checkpoint.CheckpointError(f"the checkpoint lacks {error.args[0]!r}") from error
+            calls = self._taking_over(state_dict)
             with interrupts.deferred() if self._on_cuda else nullcontext():
                 threads.run([], calls)
         finally:
             del claim
 
-    def _checked(self, state_dict: Mapping[str, Any]) -> list[partial[Any]]:
-        """What takes over a state dict that fits."""
-        found = state_dict["parameters"]
-        restore = checkpoint.restorer(self.optimizer, state_dict["optimizer"])
-        if list(found) != self._names:
-            other = sorted(set(found) ^ set(self._names)) or list(found)
-            raise checkpoint.CheckpointError(
-                f"the checkpoint's parameters are not this trainer's: {_few(other)} differ"
-            )
+    def _taking_over(self, state_dict: Mapping[str, Any]) -> checkpoint.Calls:
+        """What takes over a state dict that fits: whole or not at all, as none of it is written in Python."""
+        saved = checkpoint.saved(state_dict, self._names)
+        restoration = checkpoint.restoration(self.optimizer, saved.optimizer)
+        checkpoint.check_forms(self.optimizer, restoration.optimizer, self._params.values())
         pairs = []
-        for name, entry in found.items():
-            pairs += checkpoint.pairs(self._states[name], entry["state"], f"state of parameter {name!r}")
+        for name, entry in saved.parameters.items():
+            what = f"state of parameter {name!r}"
+            pairs += checkpoint.pairs(self._states[name], entry["state"], what)
+            if restoration.optimizer.sparse_update == "exact":
+                checkpoint.check_flushed(entry["state"], what)
             if "weight" in entry:
                 pairs += checkpoint.pairs(
                     self._params[name], entry["weight"], f"weight of parameter {name!r}"
                 )
         sums: list[Any] = [None] * len(self._names)
         weights = self._weights(range(len(self._names)))
-        for name, total in state_dict["accumulated"].items():
+        for name, total in saved.accumulated.items():
             t, what = self._names.index(name), f"accumulated gradient of parameter {name!r}"
             if not isinstance(total, Mapping):
                 if self._on_cuda:
@@ -571,20 +566,19 @@ class Trainer:
             elif self._on_cuda:
                 raise checkpoint.CheckpointError(f"{what} is sparse; on a GPU, dense ones add up")
             else:
-                sums[t] = sparse.joined(None, sparse.RowSparse(**total), weights[t], what)
-        counts: dict[Any, int] = {i: entry["count"] for i, entry in enumerate(found.values())}
-        skipped = state_dict["skipped_steps"] - (self.skipped_steps - self._skipped_steps)
-        values = {
-            "_skipped_steps": skipped,
+                with checkpoint.refusing(what):
+                    sums[t] = sparse.joined(None, sparse.RowSparse(**total), weights[t], what)
+        own = {
+            "_skipped_steps": self._skipped_steps + saved.skipped_steps - self.skipped_steps,
             "_sums": sums if any(total is not None for total in sums) else None,
             "_counted": (),
         }
         return [
-            *restore,
-            *(partial(operator.setitem, mine, ..., theirs) for mine, theirs in pairs),
-            partial(vars(self._optimizer).update, {"_counts": counts, "_ahead": ()}),
-            partial(self._optimizer._history.clear),
-            partial(vars(self).update, values),
+            *restoration.calls,
+            *checkpoint.assignments(pairs),
+            partial(setattr, self.optimizer, "_counts", saved.counts),
+            partial(self.optimizer._history.clear),
+            partial(vars(self).update, own),
         ]
 
     def save(self, path: str | Path, params: bool = True) -> None:

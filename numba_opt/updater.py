@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
-from . import checkpoint
+import numpy as np
+
+from . import checkpoint, device
+from .errors import CheckpointError
 from .execution import History
+from .found import by_index, part, shown
 from .kernels import threads
 from .optimizer import Index, Optimizer
 
@@ -94,20 +100,151 @@ class Updater:
         """
         arrays, values = checkpoint.from_bytes(states)
         if "states" not in values:
-            raise checkpoint.CheckpointError("a checkpoint of numba_opt, but not of an Updater")
-        found = {i: _owned(state) for i, state in checkpoint.put_together(values["states"], arrays)}
-        optimizer = checkpoint.put_together(values["optimizer"], arrays)
-        late = checkpoint.put_together(values["histories"], arrays)
-        if optimizer is not None:
-            threads.run([], checkpoint.restorer(self.optimizer, optimizer))
-        self.states = found
-        self.optimizer._history = {i: History.of(rows) for i, rows in late}
+            raise CheckpointError("a checkpoint of numba_opt, but not of an Updater")
+        values = checkpoint.put_together(values, arrays)
+        what, optimizer = "the checkpoint", self.optimizer
+        calls: checkpoint.Calls = []
+        described = part(values, "optimizer", (Mapping, type(None)), what)
+        if described is not None:
+            optimizer, calls = checkpoint.restoration(optimizer, described)
+        late = by_index(part(values, "histories", list, what), "histories", partial(_recorded, optimizer))
+        found = by_index(part(values, "states", list, what), "states", partial(_State.of, optimizer))
+        for index, state in found.items():
+            state.check_history(shown(index), late.get(index))
+        histories = {index: History.of(rows) for index, rows in late.items()}
+        calls += [
+            partial(setattr, self, "states", {index: state.whole for index, state in found.items()}),
+            partial(setattr, self.optimizer, "_history", histories),
+        ]
+        threads.run([], calls)
 
 
-def _owned(state: Any) -> Any:
-    """A state with arrays that can be written; those that were read are views of the bytes."""
-    if isinstance(state, tuple):
-        return tuple(map(_owned, state))
+class _State(NamedTuple):
+    """A parameter's state in a checkpoint, of the form that its optimizer would give it."""
+
+    whole: Any
+    stamps: np.ndarray | None = None
+    real: np.dtype | None = None  # of recorded steps, where the state tells
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, what: str, saved: Any) -> _State:
+        """A state with arrays of its own; those that were read are views of the bytes."""
+        what = f"the checkpoint's {what}"
+        whole = _owned(saved, what)
+        kind = type(optimizer)
+        if (kind.create_state, kind.create_state_multi_precision) != STANDARD:
+            return cls(whole)  # whatever it has, each update looks at it
+        n, exact = len(optimizer.state_names), optimizer.sparse_update == "exact"
+        master, stamps, inner = None, None, whole
+        if optimizer.multi_precision and _is_pair(whole) and _is_state(whole[1], n, exact):
+            master, inner = whole
+        if not _is_state(inner, n, exact):
+            raise CheckpointError(f"{what} is {_form(whole)}; expected {_expected(optimizer)}")
+        if exact:
+            inner, stamps = inner
+        dtype = _check_arrays(optimizer, what, master, checkpoint.leaves(inner), stamps)
+        return cls(whole, stamps, None if dtype is None else optimizer._recorded_as(dtype)[1])
+
+    def check_history(self, index: str, rows: np.ndarray | None) -> None:
+        """Refuse stamps beyond the steps that are recorded, and steps in another precision."""
+        if rows is not None and self.real is not None and rows.dtype != self.real:
+            raise CheckpointError(
+                f"the checkpoint's histories[{index}] are {rows.dtype}; expected {self.real}, as the state"
+            )
+        count = 0 if rows is None else len(rows)
+        if self.stamps is not None and not np.all((self.stamps >= 0) & (self.stamps <= count)):
+            raise CheckpointError(
+                f"the checkpoint's stamps of states[{index}] go from {self.stamps.min()} to "
+                f"{self.stamps.max()}; expected 0 to {count}, the steps recorded"
+            )
+
+
+STANDARD = (Optimizer.create_state, Optimizer.create_state_multi_precision)
+
+
+def _recorded(optimizer: Optimizer, what: str, rows: Any) -> np.ndarray:
+    """The steps that some rows of a parameter have yet to take, as a checkpoint has them."""
+    if optimizer.sparse_update != "exact" or optimizer.rule is None:
+        raise CheckpointError(
+            f"the checkpoint has {what}, of an optimizer with sparse_update='exact'; "
+            f"this one has {optimizer.sparse_update!r}"
+        )
+    length, _ = optimizer._recorded_as(np.dtype(np.float32))
+    fits = isinstance(rows, np.ndarray) and rows.dtype in (np.float32, np.float64) and rows.ndim == 2
+    if not fits or rows.shape[1] != length or np.isnan(rows).any():
+        expected = f"numbers of float32 or float64, {length} in each row"
+        raise CheckpointError(f"the checkpoint's {what} is {shown(rows)}; expected {expected}")
+    return rows
+
+
+def _check_arrays(
+    optimizer: Optimizer,
+    what: str,
+    master: np.ndarray | None,
+    states: list[np.ndarray],
+    stamps: np.ndarray | None,
+) -> np.dtype | None:
+    """Refuse arrays that do not belong together; the weight's dtype, if they tell it."""
+    stored = None
+    if optimizer.state_dtype is not None:
+        stored = device.state_dtype(optimizer._stored, np.dtype(np.float32))
+    weight = states[0].dtype if states and stored is None else None
+    if master is not None:
+        weight = np.dtype(np.float32)
+        _check(f"float32 weight of {what}", master, weight, master.shape)
+    shape = master.shape if master is not None else states[0].shape if states else None
+    if weight is not None and not device.code_of(weight):
+        raise CheckpointError(f"{what} is {weight}; expected float32, float64, float16 or bfloat16")
+    for state in states:
+        expected = (*shape[:1], 1) if optimizer.per_row and shape else shape
+        _check(what, state, stored or weight, expected)
+    if stamps is not None:
+        rows = stamps.shape[:1] if shape is None else shape[:1] or (1,)
+        _check(f"stamps of {what}", stamps, np.dtype(np.int64), rows)
+    return weight
+
+
+def _check(what: str, array: np.ndarray, dtype: Any, shape: Any) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise CheckpointError(f"{what} is {shown(array)}; expected one of {dtype}, shape {shape}")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], np.ndarray)
+
+
+def _is_state(value: Any, n: int, exact: bool) -> bool:
+    """Whether a value consists of `n` states, with stamps if they are `exact`."""
+    if exact:
+        pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], np.ndarray)
+        return pair and _is_state(value[0], n, False)
+    if n < 2:
+        return isinstance(value, np.ndarray) if n else value is None
+    return isinstance(value, tuple) and len(value) == n and all(isinstance(a, np.ndarray) for a in value)
+
+
+def _form(value: Any) -> str:
+    """What a state consists of."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_form, value))})"
+    return "None" if value is None else "array"
+
+
+def _expected(optimizer: Optimizer) -> str:
+    """What a state of an optimizer consists of."""
+    names = optimizer.state_names
+    form = f"({', '.join(names)})" if len(names) > 1 else names[0] if names else "None"
+    if optimizer.sparse_update == "exact":
+        form = f"({form}, stamps)"
+    return f"{form} or (float32 weight, {form})" if optimizer.multi_precision else form
+
+
+def _owned(state: Any, what: str) -> Any:
+    """A state with arrays that can be written."""
+    if isinstance(state, (tuple, list)):
+        return tuple(_owned(value, what) for value in state)
+    if state is not None and not isinstance(state, np.ndarray):
+        raise CheckpointError(f"{what} has {shown(state)}; expected arrays, None and tuples of them")
     return None if state is None else state.copy()
 
 

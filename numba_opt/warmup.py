@@ -20,25 +20,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba.core import event
 
-from . import cuda_arrays, device
-from .kernels import cache, cpu, interrupts, merge, ndarray, threads
+from . import cuda_arrays, device, execution, rules
+from .kernels import cache, cpu, interrupts, merge, ndarray, private, threads
 from .optimizer import Optimizer, create
-from .optimizers import FTML, NAG, RMSProp
 
 __all__ = ["Summary", "warmup"]
-
-# The variants of optimizers that have more than one rule.
-VARIANTS: dict[type[Optimizer], tuple[dict[str, Any], ...]] = {
-    NAG: ({}, {"momentum": 0}),
-    RMSProp: ({}, {"centered": True}),
-    FTML: ({}, {"reduced": True}),
-}
 
 CODES = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "b2"}
 HALF = ("f2", "b2")
@@ -71,7 +64,12 @@ class Kernel(NamedTuple):
         """Have it; says whether it had to be compiled."""
         before = _compiled()
         with interrupts.deferred():  # an interrupted compiler and a half-written file are nobody's friends
-            MAKERS[self.maker](*self.args)
+            try:
+                MAKERS[self.maker](*self.args)
+            except Exception as error:
+                if self.args and callable(self.args[0]):
+                    rules.explain(error, self.args[0])
+                raise
         return _compiled() > before
 
     def sent(self) -> str | None:
@@ -106,8 +104,8 @@ def warmup(
     Parameters
     ----------
     optimizers : Optimizer, class or name, or a list of these, optional
-        Classes and names mean all their variants, an instance means itself. Default: everything that is
-        registered and can be made without arguments.
+        Classes and names mean all their variants, on GPUs those of `numba_opt.torch` too if torch is there;
+        an instance means itself. Default: everything that is registered and can be made without arguments.
     dtypes : dtype or list of dtypes, default ("float32",)
         Of the parameters and their gradients: float32, float64, float16, bfloat16, by name or as objects.
         Half precision means with and without float32 copies of the weights; for an instance, as its
@@ -165,6 +163,7 @@ class Variant(NamedTuple):
 
     optimizer: Optimizer
     masters: tuple[bool, ...]  # whether half-precision weights have float32 copies: either, or both
+    torch: tuple[execution.Rule, ...] = ()  # what `numba_opt.torch` has for it beside its own rule
 
 
 def _instances(optimizers: Any) -> list[Variant]:
@@ -190,7 +189,10 @@ def _given(given: Any) -> list[Variant]:
 
 
 def _variants(cls: type[Optimizer]) -> list[Variant]:
-    return [Variant(cls(**options), (False, True)) for options in VARIANTS.get(cls, ({},))]
+    made = [Variant(cls(**options), (False, True)) for options in cls.variants]
+    form = cls.torch_form if find_spec("torch") is not None else None
+    torch = () if form is None else tuple(execution.Rule(rule, n, False) for rule, n in form.rules)
+    return [made[0]._replace(torch=torch), *made[1:]]
 
 
 def _codes(dtypes: Any) -> list[str]:
@@ -241,7 +243,7 @@ def _kernels(variants: Sequence[Variant], codes: Sequence[str], sparse: bool) ->
     yield from (Kernel("squares", (code,)) for code in codes)
     if sparse and set(codes) & set(HALF):  # sums of half-precision parts are float32
         yield Kernel("squares", ("f4",))
-    for optimizer, masters in variants:
+    for optimizer, masters, _ in variants:
         if optimizer.rule is not None:
             for code in codes:
                 for copied in masters if code in HALF else (False,):
@@ -283,7 +285,13 @@ def cuda_kernels(
         yield from (("keys", "i4"), ("keys", "i8"), ("merge",))
         for code in codes:
             yield from (("row_squares", "f8" if code == "f8" else "f4", form) for form in _forms(code))
-    for optimizer, masters in variants:
+    for optimizer, masters, torch in variants:
+        for rule in torch:
+            for code in codes:
+                own = " ".join([code] * (1 + rule.n_state))
+                yield ("dense", *rule, f"{code} {own}")
+                if sparse:
+                    yield from (("rows", *rule, own, form) for form in _forms(code))
         if optimizer.rule is None:
             continue
         rule = optimizer._rule()
@@ -320,13 +328,14 @@ def _read_arrays() -> None:
 
 
 def _share_work() -> None:
-    threads.finished(np.ones(2, np.int64), 1)
+    threads.compiled_finished()
 
 
 def _merge_rows() -> None:
     rows = np.zeros(2, np.int64)
     merge.look(rows, 1)
     merge.group(rows, 1)
+    merge.group(rows, 100)
 
 
 def _merge_csr(size: int) -> None:
@@ -385,8 +394,8 @@ _misses = _Misses()
 
 def _compiled() -> int:
     """How many kernels this thread had to compile so far."""
-    cuda_code = sys.modules.get("numba_opt.kernels.cuda_code")
-    return _misses.total + (cuda_code.how_many() if cuda_code else 0)
+    how_many = device.loaded("numba_opt.kernels.cuda_code", "how_many")
+    return _misses.total + (how_many() if how_many else 0)
 
 
 class _Work:
@@ -487,7 +496,9 @@ def cores() -> int:
 def _writable() -> bool:
     """Whether kernels can be kept; if not, it is of no use that another process compiles them."""
     try:
-        cache.folder().mkdir(parents=True, exist_ok=True)
+        private.make(cache.folder())
+        if private.distrusted(cache.folder()):
+            return False
         with tempfile.TemporaryFile(dir=cache.folder()) as file:
             file.write(bytes(1 << 17))  # as much as the largest kernel
     except OSError:

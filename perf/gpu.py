@@ -128,6 +128,7 @@ def dense(bandwidth: float, quick: bool, goals: Goals) -> list[str]:
         "| rule | ms | of the copy's bandwidth |",
     ]
     lines.append("|---|---|---|")
+    lines.append(f"| (copy) | {8e3 * elements / bandwidth:.3f} | 1.000 |")
     for name, rule in RULES.items():
         shape = (elements // 64, 64)
         count = 1 + L2 // (12 * elements)
@@ -138,7 +139,27 @@ def dense(bandwidth: float, quick: bool, goals: Goals) -> list[str]:
         if not quick:
             text = f"CUDA, {name}, 100 million float32: fraction of the copy's bandwidth"
             goals.append(goal(text, FRACTION, *fraction))
+    for _, theirs, options, _ in PAIRS:
+        # As many bytes as ours: weight and gradient, and one state that is read and written, or two.
+        moved = (28 if theirs.startswith("Adam") else 20) * elements
+        count = 1 + L2 // (12 * elements)
+        steps = [torch_step(theirs, options, [(elements // 64, 64)]) for _ in range(count)]
+        median, _ = timed(cycle(steps), 30)
+        name = f"PyTorch's {kind_of(options)} {theirs}"
+        lines.append(f"| {name} | {median * 1e3:.3f} | {moved / median / bandwidth:.3f} |")
     return lines
+
+
+def torch_step(name: str, options: dict[str, Any], shapes: list[tuple[int, ...]]) -> Callable[[], object]:
+    """The step of an optimizer of PyTorch's over random tensors."""
+    params = [torch.randn(shape, device="cuda", requires_grad=True) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return getattr(torch.optim, name)(params, **options).step
+
+
+def kind_of(options: dict[str, Any]) -> str:
+    return "fused" if options.get("fused") else "foreach"
 
 
 # Ours, PyTorch's, its options, and how many times as fast ours is to be.
@@ -158,12 +179,8 @@ def many(quick: bool, goals: Goals) -> list[str]:
     lines.append("|---|---|---|---|---|")
     for name, theirs, options, factor in PAIRS:
         ours, _ = step_of(*RULES[name][:2], shapes)
-        params = [torch.randn(shape, device="cuda", requires_grad=True) for shape in shapes]
-        for param in params:
-            param.grad = torch.randn_like(param)
-        other = getattr(torch.optim, theirs)(params, **options)
-        a, b = back_to_back(ours, rounds), back_to_back(other.step, rounds)
-        kind = "fused" if options.get("fused") else "foreach"
+        other, kind = torch_step(theirs, options, shapes), kind_of(options)
+        a, b = back_to_back(ours, rounds), back_to_back(other, rounds)
         cells = (name, f"{a[0] * 1e6:.1f}", f"{theirs} {kind}", f"{b[0] * 1e6:.1f}", f"{b[0] / a[0]:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
         text = f"CUDA, 1,000 tensors of 1,000: {name} against PyTorch's {kind} {theirs}"

@@ -1,7 +1,5 @@
 """Settings that every test shares."""
 
-import os
-import signal
 from importlib.util import find_spec
 
 from hypothesis import settings
@@ -10,12 +8,6 @@ from hypothesis import settings
 settings.register_profile("numba_opt", derandomize=True, database=None, deadline=None, max_examples=15)
 settings.load_profile("numba_opt")
 
-# Shells start programs in the background with SIGINT ignored, and these hand that on to theirs.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 collect_ignore = ["golden/make_golden.py"]  # needs MXNet
-if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
-    collect_ignore += ["cuda_host.py", "simulated"]  # once imported, these are in a real driver's place
 if find_spec("torch") is None:
     collect_ignore += ["cuda_torch.py"]

@@ -13,7 +13,7 @@ import torch
 
 CURRENT = 0x51  # the stream that torch is at
 
-told = lambda start, size: None  # noqa: E731  is told where there is memory of a GPU, and of how many bytes
+_driver = None  # of `tests.ptx`, if the GPU is played by that
 WAITS = ("item", "tolist", "__bool__", "__float__", "__int__", "unique", "nonzero", "cpu")
 waited = []  # what made the host wait for a GPU
 _held = Counter()  # how many tensors have some memory
@@ -46,6 +46,9 @@ class CudaTensor(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func.__name__ in WAITS:
             waited.append(func.__name__)
+        if _driver is not None and func.__name__ != "__get__":  # what torch does comes next on its stream
+            for number in range(len(_driver.memories)):
+                _driver.finish(number, CURRENT)
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs or {})
         if any(found is given for given in args):  # a host's tensor stays one, whatever is written to it
@@ -66,15 +69,23 @@ def _know(tensor):
             return
         storage = tensor.untyped_storage()
         start, size = storage.data_ptr(), storage.nbytes()
-    _held[start] += 1
-    told(start, size)
-    weakref.finalize(tensor, _let_go, start)
+    if _driver is not None:
+        memory = _driver.memories[tensor.number]
+        _held[start] += 1
+        memory.manage(start, size)
+        weakref.finalize(tensor, _let_go, _driver, memory, storage, start)
 
 
-def _let_go(start):
+def _let_go(driver, memory, storage, start):
+    """Memory is a GPU's while there are tensors in it, or something is yet to be done with it."""
+
+    def done(storage=storage):
+        if not _held[start]:
+            memory.manage(start, 0)
+
     _held[start] -= 1
     if not _held[start]:
-        told(start, 0)
+        driver.later(done)
 
 
 def on_gpu(tensor, number=0):
@@ -91,8 +102,12 @@ def on_cpu(tensor):
     return tensor.detach().as_subclass(torch.Tensor).clone()
 
 
-def stand_in(patch):
+def stand_in(patch, driver=None):
     """Let torch move tensors to GPUs that are none, and have a current stream there."""
+    if driver is not None:
+        patch.setitem(globals(), "_driver", driver)
+        for number in range(len(driver.memories)):
+            driver.stream(number, CURRENT)
     move = torch.Tensor.to
 
     def to(self, *args, **kwargs):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numba_opt
@@ -34,22 +36,45 @@ def environment(root=ROOT, **env):
     return {**os.environ, "PYTHONPATH": searched, **{name: str(value) for name, value in env.items()}}
 
 
-def printed(script, *args, python=sys.executable, options=(), timeout=300, cwd=None, root=ROOT, **env):
+def printed(script, *args, python=sys.executable, options=(), timeout=600, cwd=None, root=ROOT, **env):
     """What a script prints: a text, or the path of a file that it is in. It must end well."""
     given = ["-c", script] if isinstance(script, str) else [str(script)]
-    done = subprocess.run(
+    with subprocess.Popen(
         [python, *options, *given, *map(str, args)],
         env=environment(root, **env),
         cwd=cwd,
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, (done.returncode, done.stdout[-1500:], done.stderr[-3000:])
-    return done.stdout
+        start_new_session=True,
+    ) as running:
+        try:
+            out, err = running.communicate(timeout=timeout)
+        except BaseException:
+            end(running)
+            raise
+    assert running.returncode == 0, (running.returncode, out[-1500:], err[-3000:])
+    return out
+
+
+def end(process):
+    """End a process that leads a session, and whatever it has started."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
 
 
 def result(script, *args, **settings):
     """The JSON that a script prints last; settings as for `printed`."""
     return json.loads(printed(script, *args, **settings).splitlines()[-1])
+
+
+def awaited(happened, what, seconds=300):
+    """Wait until something has happened, and return what it is; a busy machine may take long."""
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < end, f"waited {seconds} seconds for {what}"
+        time.sleep(0.02)
+    return found

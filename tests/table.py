@@ -66,19 +66,21 @@ class Row(NamedTuple):
     states: int  # how many arrays a parameter's state has
     learning_rate: float  # the class's default
     formula: Callable[..., Any]  # (weight, grad, lr, t, *states, **kwargs) -> (weight, *states)
-    instructions: str = ""  # what the compiled kernel is made of, beyond moves, products and sums
+    instructions: str = (
+        ""  # what the compiled kernel is made of, beyond moves, products and sums: LLVM's names
+    )
 
 
 TABLE = [
     Row("nag", numba_opt.NAG, {}, 1, 0.1, nag),
     Row("nag-plain", numba_opt.NAG, {"momentum": 0}, 0, 0.1, nag),
-    Row("rmsprop", numba_opt.RMSProp, {}, 1, 0.001, rmsprop, "sqrt div"),
-    Row("rmsprop-centered", numba_opt.RMSProp, {"centered": True}, 3, 0.001, rmsprop, "sqrt div"),
-    Row("rmsprop-clipweights", numba_opt.RMSProp, {"clip_weights": 0.5}, 1, 0.001, rmsprop, "sqrt div"),
-    Row("adamax", numba_opt.Adamax, {}, 2, 0.002, adamax, "div"),
-    Row("ftml", numba_opt.FTML, {}, 3, 0.0025, ftml, "sqrt div"),
-    Row("ftml-reduced", numba_opt.FTML, {"reduced": True}, 1, 0.0025, ftml, "sqrt div"),
-    Row("groupadagrad", numba_opt.GroupAdaGrad, {}, 1, 0.01, groupadagrad, "div"),
+    Row("rmsprop", numba_opt.RMSProp, {}, 1, 0.001, rmsprop, "sqrt fdiv"),
+    Row("rmsprop-centered", numba_opt.RMSProp, {"centered": True}, 3, 0.001, rmsprop, "sqrt fdiv"),
+    Row("rmsprop-clipweights", numba_opt.RMSProp, {"clip_weights": 0.5}, 1, 0.001, rmsprop, "sqrt fdiv"),
+    Row("adamax", numba_opt.Adamax, {}, 2, 0.002, adamax, "fdiv"),
+    Row("ftml", numba_opt.FTML, {}, 3, 0.0025, ftml, "sqrt fdiv"),
+    Row("ftml-reduced", numba_opt.FTML, {"reduced": True}, 1, 0.0025, ftml, "sqrt fdiv"),
+    Row("groupadagrad", numba_opt.GroupAdaGrad, {}, 1, 0.01, groupadagrad, "fdiv"),
 ]
 
 each = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.id)

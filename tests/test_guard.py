@@ -12,15 +12,15 @@ import tracemalloc
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numba
+import numpy as np
 import pytest
 
 import numba_opt
 from numba_opt import execution
 from numba_opt.kernels import threads
-from perf import bare
-from perf.workloads import Workload
 
-from .table import Row, each, make, row
+from .table import Row, each, leaves, make, row
 
 
 class Limits(NamedTuple):
@@ -36,7 +36,7 @@ class Limits(NamedTuple):
 # bytecodes, so there is room for half more.
 STEP, UPDATE = Limits(1200, 40, 1), Limits(1450, 70, 42)
 ROOM = 64 << 10  # bytes that a step may take and give back, however large the tensors are
-LEAST, USUAL = 0.25, 0.9  # of the bare kernel's speed: what is asked for, and what a quiet machine shows
+LEAST, USUAL = 0.2, 1.0  # of a plain loop's speed: what is asked for, and what a quiet machine shows
 ROUNDS = 40
 
 
@@ -61,8 +61,15 @@ def warm(call: Callable[[], object]) -> Callable[[], object]:
     return call
 
 
+TURNS = range(3)  # the least of three: the garbage collector and other threads have their own business
+
+
 def instructions(call: Callable[[], object]) -> tuple[int, int]:
     """Python's side of a call: how many bytecodes it runs and how many functions of C it calls."""
+    return min(_instructions(call) for _ in TURNS)
+
+
+def _instructions(call: Callable[[], object]) -> tuple[int, int]:
     counts = {"opcode": 0, "c_call": 0}
 
     def trace(frame, event, arg):
@@ -107,22 +114,60 @@ def allocated(call: Callable[[], object]) -> tuple[int, int]:
     tracemalloc.start()
     try:
         call()  # what tracemalloc itself needs
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        call()
-        after, peak = tracemalloc.get_traced_memory()
+        return min(_allocated(call) for _ in TURNS)
     finally:
         tracemalloc.stop()
+
+
+def _allocated(call: Callable[[], object]) -> tuple[int, int]:
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    call()
+    after, peak = tracemalloc.get_traced_memory()
     return peak - before, after - before
 
 
-def of_bare(row: Row, size: int, monkeypatch: pytest.MonkeyPatch) -> float:
-    """The speed of a Trainer's step on one thread beside the bare kernel's: the best of many samples each."""
-    shape = (size // 64, 64)
+@numba.njit(error_model="numpy")
+def plain_nag(weight, grad, mom, lr, momentum):
+    for i in range(weight.size):
+        mom[i] = momentum * mom[i] - lr * grad[i]
+        weight[i] += momentum * mom[i] - lr * grad[i]
+
+
+@numba.njit(error_model="numpy")
+def plain_rmsprop(weight, grad, var, lr, rho, rest, epsilon):
+    for i in range(weight.size):
+        var[i] = rho * var[i] + rest * grad[i] * grad[i]
+        weight[i] -= lr * grad[i] / (math.sqrt(var[i]) + epsilon)
+
+
+@numba.njit(error_model="numpy")
+def plain_ftml(weight, grad, d, v, z, beta1, rest1, beta2, rest2, per_lr, unbiased, epsilon):
+    for i in range(weight.size):
+        v[i] = beta2 * v[i] + rest2 * grad[i] * grad[i]
+        new = per_lr * (math.sqrt(v[i] * unbiased) + epsilon)
+        z[i] = beta1 * z[i] + rest1 * grad[i] - (new - beta1 * d[i]) * weight[i]
+        weight[i] = -z[i] / new
+        d[i] = new
+
+
+# The same arithmetic in a loop that Numba compiles by ordinary means, on arrays that are just there.
+PLAIN: dict[str, tuple[Callable[..., None], tuple[float, ...]]] = {
+    "nag": (plain_nag, (0.1, 0.9)),
+    "rmsprop": (plain_rmsprop, (0.001, 0.9, 0.1, 1e-8)),
+    "ftml": (plain_ftml, (0.6, 0.4, 0.999, 0.001, 160.0, 1000.0, 1e-8)),
+}
+
+
+def of_plain(row: Row, size: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The speed of a Trainer's step on one thread beside the plain loop's: the best of many samples each."""
     monkeypatch.setattr(threads, "count", lambda: 1)
     ours = stepped(row, 1, size)
-    floor = bare.step(Workload("", "step", row.id, "", (shape,)), parallel=False).args[0]
-    best = {warm(ours): math.inf, warm(floor): math.inf}
+    call, (loop, constants) = make(row, [size]), PLAIN[row.id]
+    arrays = [call.weights[0], call.grads[0], *leaves(call.states[0])]
+    numbers = list(map(np.float32, constants))
+    floor = warm(lambda: loop(*arrays, *numbers))
+    best = {ours: math.inf, floor: math.inf}
     for _ in range(ROUNDS):
         for call in best:
             start = time.perf_counter()
@@ -152,7 +197,7 @@ def check_memory(call: Callable[[], object]) -> None:
 
 
 def check_speed(row: Row, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert of_bare(row, size, monkeypatch) > LEAST
+    assert of_plain(row, size, monkeypatch) > LEAST
 
 
 @each
@@ -187,7 +232,7 @@ def test_a_step_allocates_next_to_nothing(row, tensors, size):
 
 @pytest.mark.parametrize("size", [1 << 17, 1 << 21])
 @pytest.mark.parametrize("name", ["nag", "rmsprop", "ftml"])
-def test_a_step_is_not_far_from_the_bare_kernel(name, size, monkeypatch):
+def test_a_step_is_not_far_from_a_plain_loop(name, size, monkeypatch):
     check_speed(row(name), size, monkeypatch)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import json
+import os
 import pickle
+import random
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +174,76 @@ def test_bytes_put_in(extra, file, where):
         check_plausible(parse(content[:at] + extra + content[at:])[0])
 
 
+INSTRUCTIONS = b"(.0]})tuse\x85\x86\x87\x94\x8c\x8e\x95\x93RbBCTVXqrhjKJMcNG\x8a\x8bp"
+
+
+def damaged(content, rng):
+    """A file with some bits flipped, bytes lost, put in or doubled, lengths and instructions written over."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        at, other = rng.randrange(len(content)), rng.randrange(len(content))
+        match rng.randrange(6):
+            case 0:
+                content[at] ^= 1 << rng.randrange(8)
+            case 1:
+                del content[at : at + rng.randrange(9)]
+            case 2:
+                content[at:at] = rng.randbytes(rng.randrange(9))
+            case 3:
+                content[at:at] = content[other : other + rng.randrange(200)]
+            case 4:
+                content[at : at + 8] = rng.choice([b"\xff" * 8, bytes(8), b"\xff\xff\xff\x7f" + bytes(4)])
+            case 5:
+                content[at] = rng.choice(INSTRUCTIONS)
+    return bytes(content)
+
+
+def test_files_that_are_badly_damaged(monkeypatch):
+    """They are refused, or something plausible is in them; it never takes much memory to find out."""
+    monkeypatch.setattr(mxnet_states, "LIMIT", 2**20)
+    rng, refused = random.Random(0), 0
+    contents = [(GOLDEN / file).read_bytes() for file in sorted(SAVED)]
+    tracemalloc.start()
+    try:
+        for _ in range(1000):
+            content = damaged(rng.choice(contents), rng)
+            try:
+                states, optimizer = parse(content)
+            except CheckpointError:
+                refused += 1
+            else:
+                check_plausible(states)
+                assert optimizer is None or optimizer["class"].lower() in numba_opt.Optimizer.opt_registry
+        assert tracemalloc.get_traced_memory()[1] < 2**20 + 100 * max(map(len, contents))
+    finally:
+        tracemalloc.stop()
+    assert 500 < refused < 1000
+
+
+def test_somebody_else_s_errors_are_not_the_file_s(monkeypatch):
+    """A signal handler's, and a lack of memory."""
+    content = (GOLDEN / sorted(SAVED)[0]).read_bytes()
+
+    class TimeIsUpError(Exception):
+        pass
+
+    for error in (TimeIsUpError, MemoryError, TimeoutError):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(mxnet_states, "_array", fail)
+        with pytest.raises(error):
+            parse(content)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match=r"it is a FIFO; expected a regular file: '.*fifo'"):
+        load_mxnet_states(tmp_path / "fifo")
+
+
 def test_path_is_named(tmp_path):
     path = tmp_path / "a.states"
     path.write_bytes(b"")
@@ -274,6 +347,7 @@ GOOD = an_array(dense())
         (b"\x80\x04}cmxnet.optimizer.nag\nNAG\n)\x81\x86.", "optimizer or scheduler"),
         (b"\x80\x04}cmxnet.lr_scheduler\nPolyScheduler\n)\x81}" + text("a") + b"Nsb\x86.", "or scheduler"),
         (b"\x80\x04}cmxnet.optimizer.nag\nNAG\n)\x81}" + text("a") + GOOD + b"sb\x86.", "attribute 'a'"),
+        (b"\x80\x04}cmxnet.optimizer.nag\nNAG\n)\x81}" + text("class") + b"Nsb\x86.", "called 'class'"),
         (b"\x80\x04}cmxnet.optimizer.adam\nAdam\n)\x81\x86.", "'mxnet.optimizer.adam.Adam'"),
         (b"\x80\x04}cmxnet.optimizer.nag\nNAG\nN\x85R\x86.", "made"),
         (b"\x80\x04}NN.", "not a whole"),

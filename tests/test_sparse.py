@@ -1529,22 +1529,24 @@ def guard_matrix(matrix):
 
 
 def patch():
-    """What the package hands to its kernels is guarded too: touched rows, starts, places, tables, history."""
-    parts_of, run = sparse.parts_of, threads.run
+    """What the package hands to its kernels is guarded too: touched rows, starts, places, tables, history,
+    scratch."""
+    parts_of, run, scratch = sparse.parts_of, threads.run, threads.scratch
 
     def guarded_parts(*args):
         form, *arrays = parts_of(*args)
         return sparse.Parts(form, *map(tree, arrays))
 
     def guarded_run(jobs, afterwards=()):
-        for kernel, args, elements in jobs:
-            copies = tuple(map(guarded, args))
-            run([(kernel, copies, elements)])
-            for array, copy in zip(args, copies):
+        for job in jobs:
+            copies = tuple(map(guarded, job.args))
+            run([job._replace(args=copies)])
+            for array, copy in zip(job.args, copies):
                 array[...] = copy
         run([], afterwards)
 
     sparse.parts_of, threads.run = guarded_parts, guarded_run
+    threads.scratch = lambda *sizes: guarded(scratch(*sizes))
 '''
 
 FORMS_ON_GUARDED_PAGES = """

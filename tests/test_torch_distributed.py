@@ -159,7 +159,7 @@ def test_two_processes(script, tmp_path):
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt import lr_scheduler
+from numba_opt import checkpoint, lr_scheduler
 from numba_opt.checkpoint import CheckpointError
 
 from . import table
@@ -292,3 +292,221 @@ def test_training_as_in_mxnet():
     train(second, two, 10)
     table.assert_bits(two, one)
     assert np.abs(grads(one)[0]).max() < np.abs(grads([np.zeros(3), np.zeros(1)])[0]).max() / 2
+
+
+# ---------------------------------------------------------------- states that are not the optimizer's
+
+
+def content_of(states, optimizer=None, histories=()):
+    """What `get_states` of an updater with these states gives."""
+    arrays = {}
+    values = {"states": list(map(list, states.items())), "optimizer": optimizer, "histories": list(histories)}
+    return checkpoint.to_bytes(arrays, checkpoint.take_apart(values, arrays))
+
+
+A, F8, F2 = np.ones((3, 2), "f4"), np.ones((3, 2)), np.ones((3, 2), "f2")
+MARKS, ROWS = np.zeros(3, "i8"), np.ones((2, 5), "f4")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "state", "match"),
+    [
+        (numba_opt.NAG(), None, "states.0. is None; expected mom$"),
+        (numba_opt.NAG(), (A, A), r"is \(array, array\); expected mom$"),
+        (numba_opt.NAG(), (A, MARKS), r"is \(array, array\); expected mom$"),
+        (numba_opt.NAG(momentum=0), A, "is array; expected None"),
+        (numba_opt.Adamax(), A, r"is array; expected \(mean, var\)"),
+        (numba_opt.Adamax(), (A, A, A), r"expected \(mean, var\)"),
+        (numba_opt.Adamax(), (A, None), r"is \(array, None\); expected \(mean, var\)"),
+        (numba_opt.Adamax(), (A, A[:2]), r"float32, shape \(2, 2\); expected one of float32, shape \(3, 2\)"),
+        (numba_opt.Adamax(), (A, F8), "float64, shape .*; expected one of float32"),
+        (numba_opt.FTML(), (A, A), r"expected \(d, v, z\)"),
+        (numba_opt.NAG(), np.ones(3, "i8"), "is int64; expected float32, float64, float16 or bfloat16"),
+        (numba_opt.NAG(), "text", "has 'text'; expected arrays"),
+        (numba_opt.NAG(), {"a": A}, "has a dict; expected arrays"),
+        (numba_opt.NAG(multi_precision=True), (A, (A, A)), r"expected mom or \(float32 weight, mom\)"),
+        (
+            numba_opt.NAG(multi_precision=True),
+            (F2, F2),
+            "float32 weight of .* float16, .*; expected one of",
+        ),
+        (numba_opt.NAG(multi_precision=True), (A, F2), "float16, .*; expected one of float32"),
+        (
+            numba_opt.NAG(multi_precision=True),
+            (A, A[:1]),
+            r"\(1, 2\); expected one of float32, shape \(3, 2\)",
+        ),
+        (numba_opt.NAG(state_dtype="float16"), A, "float32, .*; expected one of float16"),
+        (numba_opt.NAG(state_dtype="bfloat16", multi_precision=True), (A, A), "expected one of bfloat16"),
+        (numba_opt.GroupAdaGrad(multi_precision=True), (A, A), r"expected one of float32, shape \(3, 1\)"),
+        (numba_opt.NAG(sparse_update="exact"), A, r"is array; expected \(mom, stamps\)"),
+        (numba_opt.NAG(sparse_update="exact"), (A, None), r"is \(array, None\); expected \(mom, stamps\)"),
+        (
+            numba_opt.NAG(sparse_update="exact"),
+            (A, MARKS[:2]),
+            r"stamps .*\(2,\); expected .*\(3,\)",
+        ),
+        (numba_opt.NAG(sparse_update="exact"), (A, A[:, 0]), "stamps of .* float32.*; expected one of int64"),
+        (
+            numba_opt.NAG(sparse_update="exact"),
+            (A, MARKS + 1),
+            "states.0. go from 1 to 1; expected 0 to 0,",
+        ),
+        (
+            numba_opt.NAG(sparse_update="exact"),
+            (A, MARKS - 1),
+            "go from -1 to -1; expected 0 to 0",
+        ),
+    ],
+)
+def test_states_of_another_form(optimizer, state, match):
+    updater = numba_opt.get_updater(optimizer)
+    updater.states[5] = np.ones(3)
+    assert_refused(updater, content_of({0: state}), match)
+
+
+@pytest.mark.parametrize(
+    ("state", "rows", "match"),
+    [
+        ((A, MARKS + 3), ROWS, "go from 3 to 3; expected 0 to 2, the steps recorded"),
+        (
+            (A, MARKS),
+            ROWS[:, :4],
+            r"histories\[0\] is .*\(2, 4\); expected .* 5 in each row",
+        ),
+        ((A, MARKS), np.ones((2, 7), "f4"), "5 in each row"),  # as with stochastic rounding
+        ((A, MARKS), ROWS[0], "5 in each row"),
+        ((A, MARKS), ROWS.astype("i4"), "int32"),
+        ((A, MARKS), ROWS.astype("f8"), "are float64; expected float32, as the state"),
+        ((F8, MARKS), ROWS, "are float32; expected float64, as the state"),
+        ((A, MARKS), ROWS * np.nan, "expected numbers"),
+        ((A, MARKS), None, "is None; expected numbers"),
+    ],
+)
+def test_histories_of_another_form(state, rows, match):
+    updater = numba_opt.get_updater(numba_opt.NAG(sparse_update="exact"))
+    weight = np.ones((3, 2), "f4")
+    updater(0, numba_opt.RowSparse([1], np.ones((1, 2), "f4"), (3, 2)), weight)
+    before = updater.optimizer._history[0].rows().copy()
+    assert_refused(updater, content_of({0: state}, histories=[[0, rows]]), match)
+    table.assert_bits([updater.optimizer._history[0].rows()], [before])
+
+
+def test_a_history_that_the_optimizer_has_no_use_for():
+    updater = numba_opt.get_updater(numba_opt.NAG())
+    match = "histories.0., of an optimizer with sparse_update='exact'; this one has 'lazy'"
+    assert_refused(updater, content_of({0: A}, histories=[[0, ROWS]]), match)
+
+
+@table.each
+def test_bytes_of_each_other_optimizer(row):
+    """They are refused, or look like states of this one; then a step works, or sees that shapes differ."""
+    for other in table.TABLE:
+        for mode in ("lazy", "exact"):
+            updater, call = trained(other, sparse_update=mode)
+            target = numba_opt.get_updater(table.build(row))
+            content = updater.get_states()
+            if mode == "exact" or row.states != other.states or row.cls.per_row > other.cls.per_row:
+                assert_refused(target, content, "expected")
+                continue
+            target.set_states(content)
+            if row.cls.per_row == other.cls.per_row or not row.states:
+                target(call.indices, call.grads, call.weights)
+            else:
+                with pytest.raises(ValueError, match="shape"):
+                    target(call.indices, call.grads, call.weights)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "match"),
+    [
+        ([[0, A], [0, A]], "have the index 0 twice"),
+        ([[[0], A]], "have the index a list of 1; expected a number, text or tuple"),
+        ([[A, A]], "have the index an array of float32"),
+        ([[{"a": 1}, A]], "have the index a dict"),
+        ([[0]], "states are a list of 1; expected a list of pairs"),
+        ([0], "expected a list of pairs"),
+        (5, "'states' of the checkpoint is 5; expected a list"),
+        ({"a": A}, "'states' of the checkpoint is a dict; expected a list"),
+    ],
+)
+def test_indices_of_another_form(pairs, match):
+    arrays = {}
+    values = checkpoint.take_apart({"states": pairs, "optimizer": None, "histories": []}, arrays)
+    updater, _ = trained(table.row("nag"))
+    assert_refused(updater, checkpoint.to_bytes(arrays, values), match)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("name", "FTML", "of FTML; this optimizer is NAG"),
+        ("name", None, "'name' of the checkpoint's optimizer is None; expected a text"),
+        ("states", [], "has the states none; this one has mom"),
+        ("states", "mom", "'states' of .* is 'mom'; expected a list"),
+        ("hyper", [], "'hyper' of .* is a list of 0; expected a dict"),
+        ("hyper", {"momentum": "much"}, "hyper-parameters are not NAG's: momentum must be a finite number"),
+        ("num_update", -1, "num_update must be an integer >= 0, got -1"),
+        ("num_update", 1.5, "'num_update' of .* is 1.5; expected a whole number"),
+        ("num_update", True, "is True; expected a whole number"),
+        ("num_update", 10**400, "num_update is a number of 1329 bits; expected less than"),
+        ("counts", [[0, -1]], r"counts\[0\] must be an integer >= 0, got -1"),
+        ("counts", [[0, 1], [0, 2]], "counts have the index 0 twice"),
+        ("counts", [[[], 1]], "counts have the index a list of 0"),
+        ("counts", {"0": 1}, "'counts' of .* is a dict; expected a list"),
+        ("lr_mult", [["a", None]], r"lr_mult\['a'\] must be a finite number >= 0, got None"),
+        ("wd_mult", [["a", -1]], r"wd_mult\['a'\] must be a finite number >= 0, got -1"),
+        ("scheduler", ["FactorScheduler", {}], "lr_scheduler is FactorScheduler; this optimizer's is None"),
+        ("scheduler", 5, "'scheduler' of .* is 5; expected"),
+    ],
+)
+def test_descriptions_of_another_form(name, value, match):
+    updater, _ = trained(table.row("nag"))
+    described = checkpoint.describe(updater.optimizer) | {name: value}
+    assert_refused(updater, content_of({0: A}, described), match)
+    del described[name]
+    assert_refused(updater, content_of({0: A}, described), f"lacks '{name}'")
+
+
+@pytest.mark.parametrize(
+    ("position", "match"),
+    [
+        ({"step": [0]}, r"step\[0\] must be an integer >= 1, got 0"),
+        ({"step": 3}, "has 'step': 3; this one has a list of 2"),
+        ({"factor": "x"}, "has 'factor': 'x'; this one has 1"),
+        ({"base_lr": None, "decayed": 5}, "has 'decayed': 5; this one has no such attribute"),
+        ({"base_lr": -1.0}, "base_lr must be a finite number"),
+        ([], "is at a list of 0; expected a dict"),
+    ],
+)
+def test_schedules_of_another_form(position, match):
+    scheduler = lr_scheduler.MultiFactorScheduler([3, 5])
+    updater, _ = trained(table.row("nag"), learning_rate=None, lr_scheduler=scheduler)
+    described = checkpoint.describe(updater.optimizer) | {"scheduler": ["MultiFactorScheduler", position]}
+    before = dict(vars(scheduler))
+    assert_refused(updater, content_of({0: A}, described), match)
+    assert vars(scheduler) == before
+
+
+def test_coefficients_that_the_rule_does_not_take():
+    """Of the centered RMSProp there is one more than the plain one's rule has."""
+    updater, _ = trained(table.row("rmsprop"))
+    described = checkpoint.describe(updater.optimizer)
+    described["hyper"]["centered"] = True
+    assert_refused(updater, content_of({0: A}, described), "RMSProp has 9 coefficients; its rule takes 8")
+
+
+def test_states_of_one_s_own_making():
+    """An optimizer that makes its states itself may have others than its rule's, and gets them back."""
+
+    class Mine(numba_opt.NAG):
+        def create_state(self, index, weight):
+            return super().create_state(index, weight), None
+
+    updater = numba_opt.get_updater(Mine())
+    updater.states[0] = (A, (None, np.ones(7, "i8")))
+    fresh = numba_opt.get_updater(Mine())
+    fresh.set_states(updater.get_states(dump_optimizer=True))
+    found, (nothing, numbers) = fresh.states[0]
+    assert nothing is None
+    table.assert_bits([found, numbers], [A, np.ones(7, "i8")])

@@ -4,7 +4,8 @@ Numba's own disk cache keys a kernel by pickling what it captured, which neither
 files nor stays the same from one process to the next once a captured function mentions an intrinsic.
 Here the key is made of sources: the rule with all it calls, the loops' files, the options, and the
 versions and processor that turned them into machine code. A kernel has one signature, so an entry is one
-file, written whole or not at all; a bad one counts as absent. A cache that fails costs time, never more.
+file, written whole or not at all; a bad one counts as absent, and so does one that somebody else may have
+written. A cache that fails costs time, never more.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import itertools
 import os
 import pickle
 import platform
-import secrets
-import types
 from collections.abc import Callable
 from os.path import expanduser, isabs
 from pathlib import Path
@@ -29,14 +28,16 @@ from numba.core import bytecode, caching, serialize
 from numba.core.runtime import rtsys
 from numba.misc.appdirs import AppDirs
 
-from . import interrupts
+from . import interrupts, private, require_compiler
+from .fingerprint import UNTOLD
+from .fingerprint import fingerprint as fingerprint
 
 # No fastmath anywhere: it breaks NaN. The "numpy" error model lets loops with divisions vectorise
 # (0.13 ms against 1.92 ms for the same loop with Python's), and nogil lets threads share the work.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
-# The files that every kernel is made of, as they are when this one is imported.
-SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+# What changes the machine code of the same source: Numba's settings.
+SETTINGS = ("OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT")
 
 
 def compiled(function: Callable[..., Any], *key: Any, name: str = "", **options: Any) -> Any:
@@ -45,12 +46,14 @@ def compiled(function: Callable[..., Any], *key: Any, name: str = "", **options:
     `key` must tell apart all that the function may have captured; see `fingerprint` for rules. `name` is for
     people who look into the cache's folder.
     """
+    require_compiler(RuntimeError)
     options = OPTIONS | options
     dispatcher = njit(**options)(function)
     dispatcher._cache = KernelCache(name or function.__name__, (key, sorted(options.items())))
     plain = dispatcher.compile
 
     def compile(sig: Any) -> Any:
+        require_compiler(RuntimeError)  # it may have been switched off since
         with interrupts.deferred():
             return plain(sig)
 
@@ -119,18 +122,21 @@ class KernelCache(caching.NullCache):
     def _path(self, sig: Any, codegen: Any) -> Path:
         machine = (str(sig), codegen.magic_tuple(), platform.python_version(), platform.machine())
         versions = (numba.__version__, llvmlite.__version__, numpy.__version__)
-        return place(self.name, (self.key, machine, versions))
+        settings = [str(getattr(numba.config, name, None)) for name in SETTINGS]
+        return place(self.name, (self.key, machine, versions, settings))
 
 
 def place(name: str, key: Any) -> Path:
     """Where something that was compiled is kept; its key, written out, must tell it from everything else."""
-    return folder() / f"{name}-{_digest(repr(key).encode()).hex()}.nbc"
+    text = repr(key)
+    home = Path(os.devnull) if UNTOLD in text else folder()  # no key, no place
+    return home / f"{name}-{_digest(text.encode()).hex()}.nbc"
 
 
 def read(path: Path) -> bytes | None:
-    """What was kept at a place; None if there is nothing, or not all of it."""
+    """What was kept at a place; None if there is nothing, not all of it, or perhaps somebody else's."""
     try:
-        content = path.read_bytes()
+        content = private.read(path)
     except OSError:
         return None
     return content[32:] if content[:32] == _digest(content[32:]) else None
@@ -138,13 +144,7 @@ def read(path: Path) -> bytes | None:
 
 def write(path: Path, content: bytes) -> None:
     """Keep something, which appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
-    try:
-        unfinished.write_bytes(_digest(content) + content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    private.write(path, _digest(content) + content)
 
 
 def _externals(library: Any) -> list[str]:
@@ -156,39 +156,3 @@ def _externals(library: Any) -> list[str]:
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=32).digest()
-
-
-def fingerprint(rule: Callable[..., Any]) -> str:
-    """A text that changes with a rule and with whatever it calls, loops included."""
-    digest = hashlib.blake2b(SOURCES, digest_size=16)
-    _feed(digest, rule, set())
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, value: Any, seen: set[int]) -> None:
-    """Hash what a value means to compiled code: functions by their code and what they refer to."""
-    value = getattr(value, "py_func", value)  # a jitted helper counts as its source
-    if isinstance(value, types.FunctionType):
-        if id(value) in seen or value.__module__ == f"{__package__}.scalar":  # in SOURCES
-            return
-        seen.add(id(value))
-        _feed(digest, value.__code__, seen)
-        _feed(digest, value.__defaults__, seen)
-        for name in _names(value.__code__):
-            _feed(digest, value.__globals__.get(name), seen)
-        for cell in value.__closure__ or ():
-            _feed(digest, cell.cell_contents, seen)
-    elif isinstance(value, types.CodeType):
-        digest.update(value.co_code + repr((value.co_names, value.co_varnames)).encode())
-        for constant in value.co_consts:
-            _feed(digest, constant, seen)
-    elif isinstance(value, types.ModuleType):
-        digest.update(value.__name__.encode())
-    else:
-        digest.update(repr(value).encode())
-
-
-def _names(code: types.CodeType) -> list[str]:
-    """Every name that a function looks up outside itself, nested functions included."""
-    nested = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return sorted({*code.co_names, *(name for c in nested for name in _names(c))})

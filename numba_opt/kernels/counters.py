@@ -38,7 +38,6 @@ count_up = cache.compiled(count_up, cache.fingerprint(count_up))
 
 @functools.cache
 def compiled_count_up() -> Any:
-    """`count_up`, compiled: at its first call Numba would run Python, after kernels have written."""
+    """`count_up` as a function of C: Numba's dispatcher may run Python, and kernels have written by then."""
     counting: Any = count_up
-    counting.compile((types.uint64[::1],))
-    return counting
+    return counting.compile((types.uint64[::1],))

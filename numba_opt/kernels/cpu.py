@@ -12,6 +12,9 @@ clip, wd``, the rule's own, and where chance plays a part two that stand for the
 How the elements behind the addresses are stored is the table's layout, one code for each array, such as
 ``"f2 f4 b2 f2"``: a float16 gradient and copy, a float32 weight, a bfloat16 state (``"sb2"``: rounded
 stochastically).
+
+Kernels allocate nothing, so that they cannot fail once they have begun: whoever calls them gives scratch, of
+which each thread that joins in takes a piece for itself.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ BLOCK = 128  # elements that are fetched at a time
 AHEAD = 32  # cache lines of each array: how far. (NAG in float16 with 16 of them 0.94 of bare, with 32 1.04.)
 NEXT = 8  # how many touched rows ahead the next one to fetch is
 
-HEADER = 8  # numbers before the addresses of arrays, in the table of `rows`
+HEADER = 9  # numbers before the addresses of arrays, in the table of `rows`
 
 prepare = register_jitable(prepare)
 
@@ -62,20 +65,33 @@ def tensor_at(offsets, element):
     return low
 
 
+def row_bytes(width, size):
+    """What a row of scratch takes, whole cache lines, where each of its numbers takes `size` bytes."""
+    return ceildiv(width * size, 64) * 64
+
+
 ceildiv = register_jitable(ceildiv)
 tensor_at = register_jitable(tensor_at)
+row_bytes = register_jitable(row_bytes)
 
 
 @functools.cache
 def dense(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) -> Any:
     """The kernel that applies a rule to all elements of all tensors of a table.
 
-    ``kernel(table, offsets, hyper, progress)``: `offsets` are the tensors' first elements on the long
-    line and its length; `progress` two int64 zeros, for the chunks claimed and the chunks done.
+    ``kernel(table, offsets, hyper, scratch, progress)``: `offsets` are the tensors' first elements on the
+    long line and its length; `scratch` has a row of bytes for each thread that may join in, `scratch_bytes`
+    of them; `progress` three int64 zeros, for the threads that joined, the chunks claimed and those done.
     """
     span = (_row_span if per_row else _element_span)(rule, n_state, layout)
     key = (cache.fingerprint(rule), n_state, per_row, layout)
     return _over_chunks(span, f"dense-{rule.__name__}", key, compute_dtype(layout.split()[1]))
+
+
+def scratch_bytes(weight: str, per_row: bool, width: int, summed: bool = False) -> int:
+    """What a thread needs for itself: a row where rows are reduced, and one where gradients are `summed`."""
+    bytes_of_row: int = row_bytes(width, compute_dtype(weight).itemsize)
+    return (int(per_row) + int(summed)) * bytes_of_row
 
 
 def compute_dtype(weight: str) -> np.dtype:
@@ -135,7 +151,7 @@ def _element_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callab
     end = 2 + n_state  # of what is read; a copy may follow, which is written
 
     @register_jitable
-    def span(entry, hyper, start, stop, chunk, far):
+    def span(entry, hyper, start, stop, chunk, far, own):
         array = pointers(to_fixed_tuple(entry, n_array), layout)
         h, key = numbers(hyper, entry[-1], entry[-3])
         for first in range(start, stop, BLOCK):
@@ -164,12 +180,11 @@ def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[.
     arrays = f"{layout} f{real.itemsize}"
 
     @register_jitable
-    def span(entry, hyper, start, stop, chunk, far):
+    def span(entry, hyper, start, stop, chunk, far, own):
         width = np.int64(entry[-2])
         begin, end = ceildiv(start, width), ceildiv(stop, width)
         h, key = numbers(hyper, entry[-1], entry[-3])
-        spare = np.empty(width if begin < end else 0, real)  # a row may be longer than many chunks
-        array = pointers((*to_fixed_tuple(entry, n_array), np.uint64(spare.ctypes.data)), arrays)
+        array = pointers((*to_fixed_tuple(entry, n_array), own), arrays)
         for r in range(begin, end):
             if far:
                 for i in range(np.uintp(r * width + ahead), np.uintp((r + 1) * width + ahead), line):
@@ -179,12 +194,15 @@ def _row_span(rule: Callable[..., Any], n_state: int, layout: str) -> Callable[.
     return span
 
 
-def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str) -> Callable[..., Any]:
+def row_step(
+    rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, absent: bool = False
+) -> Callable[..., Any]:
     """One row's update: ``row(array, h, key, width, r, at)`` takes the gradient's row `at` to row `r`.
 
-    With `per_row` its mean square comes first, then its elements; the states are one number each. The last
-    array is a spare row, where gradients lie in between. (Preparing them twice took GroupAdaGrad 10% more
-    time in float32 and 20% in float16, which is converted as well.)
+    Where the gradient is `absent`, it counts as zeros and the first array is not read. With `per_row` its
+    mean square comes first, then its elements; the states are one number each. The last array is a spare row,
+    where gradients lie in between. (Preparing them twice took GroupAdaGrad 10% more time in float32 and 20%
+    in float16, which is converted as well.)
     """
     keep = _keeping(layout)
     rule = register_jitable(rule)
@@ -192,12 +210,21 @@ def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str)
     end = 2 + n_state
 
     @register_jitable
+    def given(array, i):
+        return load(array[:1], i, real)[0]
+
+    @register_jitable
+    def zero(array, i):
+        return real(0)
+
+    gradient = zero if absent else given
+
+    @register_jitable
     def element_row(array, h, key, width, r, at):
         first, source = np.uintp(r * width), np.uintp(at * width)
         for j in range(np.uintp(width)):
-            grad = load(array[:1], source + j, real)
             value = load(array[1:end], first + j, real)
-            grad = prepare(grad[0], value[0], h[0], h[1], h[2])
+            grad = prepare(gradient(array, source + j), value[0], h[0], h[1], h[2])
             out = rule(value[0], grad, *value[1:], *h[3:])
             store(array[1:2], first + j, out)
             keep(array[2:end], first + j, out[1:], key)
@@ -209,9 +236,8 @@ def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str)
         state = new = load(array[2:end], np.uintp(r), real)
         total = real(0)
         for j in range(np.uintp(width)):
-            grad = load(array[:1], source + j, real)
             weight = load(array[1:2], first + j, real)
-            grad = prepare(grad[0], weight[0], h[0], h[1], h[2])
+            grad = prepare(gradient(array, source + j), weight[0], h[0], h[1], h[2])
             store(array[-1:], j, (grad,))
             total = add(total, grad * grad)
         mean_square = total / real(width)
@@ -231,11 +257,11 @@ def row_step(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str)
 def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, form: str, exact: bool) -> Any:
     """The kernel that applies a rule to the rows that sparse gradients touch.
 
-    ``kernel(table, offsets, hyper, progress)`` as in `dense`, where a tensor's part of the long line is its
-    touched rows, or the parts of a block. A row of the table begins with HEADER numbers: the addresses of the
-    gradient's numbers, of the touched rows' numbers, of where each one's parts begin, of the parts' places,
-    and of the rows' stamps; how many steps have been recorded, how many rows are touched, and the bytes of a
-    place; then come the weight, the states and perhaps the copy,
+    ``kernel(table, offsets, hyper, scratch, progress)`` as in `dense`, where a tensor's part of the long line
+    is its touched rows, or the parts of a block. A row of the table begins with HEADER numbers: the addresses
+    of the gradient's numbers, of the touched rows' numbers, of where each one's parts begin, of the parts'
+    places, and of the rows' stamps; how many steps have been recorded, how many rows are touched, the bytes
+    of a place, and how many rows there are; then come the weight, the states and perhaps the copy,
     the tensor's number, the length of rows and the first row of hyper-parameters.
 
     The form says what a part is: ``"block f4"``, a whole row at some place of a block of float32 (without
@@ -243,24 +269,31 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
     ``"none"``, no gradient at all. A row's parts are summed in their order, so that nothing depends on who
     does it. With `exact`, a row first catches up with the steps recorded since its stamp, as a dense
     optimizer would have taken them with a zero gradient.
+
+    Row numbers and columns that lead outside are passed over, as another thread may have changed the caller's
+    arrays since they were looked at.
     """
     kind, *codes = form.split()
     code = codes[-1] if codes else layout.split()[0]
     real = compute_dtype(layout.split()[0])
-    number = f"f{real.itemsize}"
+    size = real.itemsize
+    number = f"f{size}"
     given, summed = f"{code} {layout} {number}", f"{number} {layout} {number}"
     step = row_step(rule, n_state, per_row, f"{number} {layout}")
+    late_step = row_step(rule, n_state, per_row, f"{number} {layout}", absent=True)
     numbers = _numbers(rule, n_state, per_row, layout)
     n_array = len(layout.split())
     block, sparse = kind == "block", kind == "csr"
+    steps = int(block or sparse)  # that are made here, beyond those recorded
     wide = 2 if per_row else 1 + n_array  # of the arrays, those with whole rows
     line, own_line = line_of(code), line_of(layout)
 
     @register_jitable
-    def add_entries(sums, source, columns, begin, end):
+    def add_entries(sums, source, columns, begin, end, width):
         for p in range(begin, end):
             j = np.uintp(load(columns, np.uintp(p))[0])
-            store(sums, j, (load(sums, j)[0] + real.type(load(source, np.uintp(p))[0]),))
+            if j < np.uintp(width):  # a negative one is higher than all others
+                store(sums, j, (load(sums, j)[0] + real.type(load(source, np.uintp(p))[0]),))
 
     @register_jitable
     def gather(entry, k, width, sums):
@@ -289,9 +322,9 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
             for j in range(np.uintp(width)):
                 store(sums, j, (real.type(0),))
             if entry[7] == 4:
-                add_entries(sums, source, pointers((entry[3],), "i4"), begin, end)
+                add_entries(sums, source, pointers((entry[3],), "i4"), begin, end, width)
             else:
-                add_entries(sums, source, pointers((entry[3],), "i8"), begin, end)
+                add_entries(sums, source, pointers((entry[3],), "i8"), begin, end, width)
 
     @register_jitable
     def row_at(entry, element, width):
@@ -310,15 +343,15 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
         return low
 
     @register_jitable
-    def span(entry, hyper, start, stop, chunk, far):
+    def span(entry, hyper, start, stop, chunk, far, own):
         width = np.int64(entry[-2])
+        height = np.uint64(entry[8])
         row = np.int64(entry[-1])
         recorded = np.int64(entry[5])
-        grad, nothing, spare = np.empty(width, real), np.zeros(width, real), np.empty(width, real)
-        own = (*to_fixed_tuple(entry[HEADER:], n_array), np.uint64(spare.ctypes.data))
-        array = pointers((np.uint64(grad.ctypes.data), *own), summed)
-        empty = pointers((np.uint64(nothing.ctypes.data), *own), summed)
-        direct = pointers((entry[0], *own), given)
+        sums = own + np.uint64(row_bytes(width, size) if per_row else 0)
+        others = (*to_fixed_tuple(entry[HEADER:], n_array), own)
+        array = pointers((sums, *others), summed)
+        direct = pointers((entry[0], *others), given)
         touched = pointers((entry[1],), "i8")
         stamps = pointers((entry[4],), "i8")
         if block or sparse:  # else there is no such row
@@ -326,15 +359,17 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
         end = row_at(entry, stop, width)
         for k in range(row_at(entry, start, width), end):
             r = k if entry[1] == 0 else load(touched, np.uintp(k))[0]
+            if np.uint64(r) >= height:
+                continue
             if entry[1] != 0 and k + NEXT < end:  # rows come in no order that the processor could foresee
                 first = np.uintp(load(touched, np.uintp(k + NEXT))[0])
                 for i in range(first * np.uintp(width), (first + np.uintp(1)) * np.uintp(width), own_line):
                     prefetch(array[1:wide], i)
                 prefetch(array[wide:-1], first)
             if exact:
-                for q in range(load(stamps, np.uintp(r))[0], recorded):
-                    step(empty, *numbers(hyper, row + q, entry[-3]), width, r, 0)
-                store(stamps, np.uintp(r), (recorded + 1,))
+                for q in range(max(load(stamps, np.uintp(r))[0], 0), recorded):
+                    late_step(array, *numbers(hyper, row + q, entry[-3]), width, r, 0)
+                store(stamps, np.uintp(r), (recorded + steps,))
             if block and code == number and entry[2] == 0:
                 step(direct, h, key, width, r, k)
             elif block or sparse:
@@ -348,11 +383,15 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
 def _over_chunks(span: Callable[..., Any], name: str, key: tuple[Any, ...], real: np.dtype) -> Any:
     """The kernel in which threads claim chunks of the long line and call `span` for each tensor's part."""
 
-    def kernel(table, offsets, hyper, progress):
+    def kernel(table, offsets, hyper, scratch, progress):
+        place = fetch_add(progress, 0, 1)
+        if place >= scratch.shape[0]:
+            return
+        own = np.uint64(scratch.ctypes.data) + np.uint64(place * scratch.shape[1])
         total = offsets[-1]
         chunks = ceildiv(total, CHUNK)
         while True:
-            chunk = fetch_add(progress, 0, 1)
+            chunk = fetch_add(progress, 1, 1)
             if chunk >= chunks:
                 break
             start = chunk * CHUNK
@@ -360,14 +399,16 @@ def _over_chunks(span: Callable[..., Any], name: str, key: tuple[Any, ...], real
             t = tensor_at(offsets, start)
             while start < stop:
                 end = min(stop, offsets[t + 1])
-                span(table[t], hyper, start - offsets[t], end - offsets[t], chunk, total > FAR)
+                if start < end:  # else the tensor has no elements, and its rows perhaps no length
+                    span(table[t], hyper, start - offsets[t], end - offsets[t], chunk, total > FAR, own)
                 start = end
                 t += 1
-            fetch_add(progress, 1, 1)
+            fetch_add(progress, 2, 1)
 
     compiled = cache.compiled(kernel, span.__qualname__, *key, name=name)
     line = types.int64[::1]
-    compiled.compile((types.uint64[:, ::1], line, from_dtype(real)[:, ::1], line))
+    arguments = (types.uint64[:, ::1], line, from_dtype(real)[:, ::1], types.uint8[:, ::1], line)
+    compiled.entry_point = compiled.compile(arguments)
     compiled.disable_compile()
     return compiled
 
@@ -376,16 +417,16 @@ def _over_chunks(span: Callable[..., Any], name: str, key: tuple[Any, ...], real
 def columns(code: str) -> Any:
     """The kernel that looks at the columns of a CSR matrix's entries, stored as `code` says.
 
-    ``kernel(table, offsets, found, progress)`` writes to each chunk's place in a column of zeros: BAD if a
-    column is not within the width, else UNSORTED if the columns do not run from 0 to the end in each row of
-    the width's length, else GOOD. The table's row has the entries' address and the width.
+    ``kernel(table, offsets, found, scratch, progress)`` writes to each chunk's place in a column of zeros:
+    BAD if a column is not within the width, else UNSORTED if the columns do not run from 0 to the end in each
+    row of the width's length, else GOOD. The table's row has the entries' address and the width.
     """
     whole, unsigned = (np.int32, np.uint32) if code == "i4" else (np.int64, np.uint64)
     largest = np.int64(np.iinfo(whole).max)
     line, ahead = line_of(code), AHEAD * line_of(code)
 
     @register_jitable
-    def span(entry, found, start, stop, chunk, far):
+    def span(entry, found, start, stop, chunk, far, own):
         array = pointers((entry[0],), code)
         width = np.int64(entry[-2])
         highest, uneven = unsigned(0), whole(0)
@@ -409,13 +450,14 @@ def columns(code: str) -> Any:
 def squares(code: str) -> Any:
     """The kernel that sums the squares of all gradients of a table, stored as `code` says.
 
-    ``kernel(table, offsets, partial, progress)`` adds the sum of each chunk to a column of zeros, in double
-    precision, so that the total is the same for any number of threads and no float32 gradient overflows it.
+    ``kernel(table, offsets, partial, scratch, progress)`` adds the sum of each chunk to a column of zeros, in
+    double precision, so that the total is the same for any number of threads and no float32 gradient
+    overflows it.
     """
     line, ahead = line_of(code), AHEAD * line_of(code)
 
     @register_jitable
-    def span(entry, partial, start, stop, chunk, far):
+    def span(entry, partial, start, stop, chunk, far, own):
         array = pointers((entry[0],), code)
         for first in range(start, stop, BLOCK):
             if far:

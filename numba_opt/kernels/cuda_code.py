@@ -24,6 +24,7 @@ from numba import cuda, types
 from numba.cuda.core.compiler_lock import global_compiler_lock
 from numba.cuda.cudadrv import nvvm
 
+from .. import rules
 from . import cache
 from .cuda_loops import Kernel
 
@@ -48,6 +49,8 @@ def compiled(kernel: Kernel, capability: Capability) -> Code:
     content = cache.read(path)
     if content is None:
         _local.compiled = how_many() + 1
+        for part in filter(callable, kernel.key):
+            try_alone(part, capability)
         text = ptx(kernel, capability)
         content = entry(text).encode() + b"\0" + link(text, capability)
         with suppress(OSError):  # a full disk, a read-only home: it will be compiled again
@@ -59,6 +62,18 @@ def compiled(kernel: Kernel, capability: Capability) -> Code:
 def how_many() -> int:
     """How many kernels this thread had to compile."""
     return getattr(_local, "compiled", 0)
+
+
+@cache_results
+def try_alone(rule: Any, capability: Capability) -> None:
+    """Compile a rule by itself: Numba takes minutes to find out that a kernel around a wrong one is wrong."""
+    signature = (types.float64,) * rule.__code__.co_argcount
+    try:
+        with _settings(capability):
+            cuda.compile(rule, signature, cc=capability, device=True, abi="numba")
+    except Exception as error:
+        rules.explain(error, rule)
+        raise
 
 
 def ptx(kernel: Kernel, capability: Capability) -> str:

@@ -29,6 +29,7 @@ from .cuda_elements import (
     aligned,
     from_other,
     load,
+    meet,
     moved,
     numbers,
     store,
@@ -402,6 +403,7 @@ def row_step(
         here = moved(array[:1] + array[end:], wide, r * width)
         mean_square = over_warp(squares(source, here, n, thread, u4(WARP), x)) / real(width)
         update(source, here, n, thread, u4(WARP), (h[:3] + state + (mean_square,) + h[3:], key))
+        meet()  # all have read the row's state: that they shuffle makes them wait, but orders no memory
         if thread == 0:  # the states' update does not depend on the element
             out = rule(real(0), real(0), *state, mean_square, *h[3:])
             store(state_at, narrow, u4(0), (out[1:],), key)

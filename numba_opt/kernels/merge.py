@@ -1,13 +1,12 @@
 """Row numbers in order: which rows a sparse gradient touches, and where the parts of each one are.
 
-These kernels also look for numbers that would lead outside an array. They only say that there are some;
+The kernels also look for numbers that would lead outside an array. They only say that there are some;
 `numba_opt.sparse` says which.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba.extending import register_jitable
 
 from . import cache
 
@@ -32,48 +31,55 @@ def group(rows, height):
     Returns the touched rows, where each one's places begin in the order (and where the last one's end),
     and the order.
     """
-    if height <= 4 * rows.size:
-        return group_by_counting(rows, height)
     n = rows.size
-    order, keys = np.arange(n), rows.copy()
-    next_order, next_keys = np.empty_like(order), np.empty_like(keys)
-    shift = 0
-    while (height - 1) >> shift > 0:
-        counts = np.zeros((1 << DIGIT) + 1, np.int64)
-        for i in range(n):
-            counts[((keys[i] >> shift) & ((1 << DIGIT) - 1)) + 1] += 1
-        for d in range(1 << DIGIT):
-            counts[d + 1] += counts[d]
-        for i in range(n):
-            digit = (keys[i] >> shift) & ((1 << DIGIT) - 1)
-            next_keys[counts[digit]] = keys[i]
-            next_order[counts[digit]] = order[i]
-            counts[digit] += 1
-        keys, next_keys = next_keys, keys
-        order, next_order = next_order, order
-        shift += DIGIT
-    touched, starts = next_keys, np.empty(n + 1, np.int64)
+    touched, starts = np.empty(min(n, height), np.int64), np.empty(min(n, height) + 1, np.int64)
+    order = np.empty(n, np.int64)
+    if height <= 4 * n:
+        k = group_by_counting(rows, np.zeros(height, np.int64), touched, starts, order)
+        return touched[:k], starts[: k + 1], order
+    keys, into = rows, [(np.empty_like(rows), order), (np.empty_like(rows), np.arange(n))]
+    order = into[1][1]
+    counts = np.empty((1 << DIGIT) + 1, np.int64)
+    for shift in range(0, (height - 1).bit_length(), DIGIT):
+        sort_by_digit(keys, order, shift, counts, *into[0])
+        keys, order = into[0]
+        into.reverse()
+    k = find_groups(keys, touched, starts)
+    return touched[:k], starts[: k + 1], order
+
+
+def sort_by_digit(keys, order, shift, counts, next_keys, next_order):
+    """Sort keys by one of their digits, and what is ordered along with them."""
+    counts[:] = 0
+    for i in range(keys.size):
+        counts[((keys[i] >> shift) & ((1 << DIGIT) - 1)) + 1] += 1
+    for d in range(1 << DIGIT):
+        counts[d + 1] += counts[d]
+    for i in range(keys.size):
+        digit = (keys[i] >> shift) & ((1 << DIGIT) - 1)
+        next_keys[counts[digit]] = keys[i]
+        next_order[counts[digit]] = order[i]
+        counts[digit] += 1
+
+
+def find_groups(keys, touched, starts):
+    """The different ones among sorted keys and where each begins, and the last ends; returns their number."""
     k = 0
-    for i in range(n):
+    for i in range(keys.size):
         if i == 0 or keys[i] != keys[i - 1]:
             touched[k] = keys[i]
             starts[k] = i
             k += 1
-    starts[k] = n
-    return touched[:k].copy(), starts[: k + 1].copy(), order
+    starts[k] = keys.size
+    return k
 
 
-@register_jitable
-def group_by_counting(rows, height):
+def group_by_counting(rows, ends, touched, starts, order):
     """The same with a counter for each row there is: four times as fast where these are not too many."""
-    n = rows.size
-    ends = np.zeros(height, np.int64)
-    for i in range(n):
+    for i in range(rows.size):
         ends[rows[i]] += 1
-    touched, starts = np.empty(min(n, height), np.int64), np.empty(min(n, height) + 1, np.int64)
-    order = np.empty(n, np.int64)
     k = total = 0
-    for r in range(height):
+    for r in range(ends.size):
         if ends[r]:
             touched[k] = r
             starts[k] = total
@@ -81,26 +87,36 @@ def group_by_counting(rows, height):
         count = ends[r]
         ends[r] = total
         total += count
-    starts[k] = n
-    for i in range(n):
+    starts[k] = rows.size
+    for i in range(rows.size):
         order[ends[rows[i]]] = i
         ends[rows[i]] += 1
-    return touched[:k].copy(), starts[: k + 1].copy(), order
+    return k
 
 
 def rows_of_csr(indptr, available, width):
     """The rows of a CSR matrix that hold an entry, and where the entries of each begin, and of the last end.
 
-    Also whether `indptr` leads outside or runs backwards, and whether each of these rows has as many entries
-    as the width.
+    Before these come whether `indptr` leads outside or runs backwards, and whether each of these rows has as
+    many entries as the width.
     """
-    height = indptr.size - 1
-    rows, starts = np.empty(height + 1, np.int64), np.empty(height + 1, np.int64)  # memory once it is written
-    bad, full = (indptr[0] != 0) | (indptr[height] > available), True
+    rows, starts = np.empty(indptr.size, np.int64), np.empty(indptr.size, np.int64)  # memory once written
+    found = np.zeros(3, np.int64)
+    find_rows(indptr, available, width, rows, starts, found)
+    k, bad, full = found.tolist()
+    return bool(bad), bool(full), rows[:k], starts[: k + 1]
+
+
+def find_rows(indptr, available, width, rows, starts, found):
+    """`rows_of_csr` into arrays: `found` gets the number of rows, whether something is bad, whether all full.
+
+    Every number is read once, as another thread may change it.
+    """
+    start = np.int64(indptr[0])
+    bad, full = start != 0, True
     k = 0
-    start = indptr[0]
-    for r in range(height):
-        end = indptr[r + 1]
+    for r in range(indptr.size - 1):
+        end = np.int64(indptr[r + 1])
         rows[k] = r  # written over by the next row if this one is empty
         starts[k] = start
         bad |= end < start
@@ -108,9 +124,13 @@ def rows_of_csr(indptr, available, width):
         k += end > start
         start = end
     starts[k] = start
-    return bad, full, rows[:k], starts[: k + 1]
+    bad |= start > available
+    found[0], found[1], found[2] = k, bad, full
 
 
-look, group, rows_of_csr = (
-    cache.compiled(function, cache.fingerprint(function)) for function in (look, group, rows_of_csr)
+# None of them returns an array: making its object runs Python code, and a signal's handler that raises there
+# ends in SystemError.
+look, sort_by_digit, find_groups, group_by_counting, find_rows = (
+    cache.compiled(function, cache.fingerprint(function))
+    for function in (look, sort_by_digit, find_groups, group_by_counting, find_rows)
 )

@@ -126,10 +126,11 @@ def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, code
                 answer = max(answer, MOVED)
             bytes[t, c] = held * SIZES[kind]
             code |= kind << (BITS * c)
-        if codes[t] != code or sizes[t] != size:
-            answer = CHANGED
         height = peek(shape, int64) if ndim > 0 else size
-        addresses[t, columns + 1] = size // height if height > 0 else 1
+        width = uint64(size // height if height > 0 else 1)
+        if codes[t] != code or sizes[t] != size or addresses[t, columns + 1] != width:
+            answer = CHANGED
+        addresses[t, columns + 1] = width
         sizes[t] = size
         codes[t] = code
     return answer
@@ -205,14 +206,19 @@ def _marks(tensors: int, columns: int) -> np.ndarray:
 def dtypes() -> list[np.dtype]:
     """The dtypes of CODES, as far as they are here."""
     found: list[np.dtype] = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)]
-    if "ml_dtypes" in sys.modules:
-        found.append(np.dtype(sys.modules["ml_dtypes"].bfloat16))
+    if bfloat16 := _bfloat16():
+        found.append(np.dtype(bfloat16))
     return found
+
+
+def _bfloat16() -> Any:
+    """The type, once somebody has imported ml_dtypes that far."""
+    return getattr(sys.modules.get("ml_dtypes"), "bfloat16", None)
 
 
 def known() -> np.ndarray:
     """What `survey` compares objects with: the ids of the array type and of the dtypes."""
-    return _known("ml_dtypes" in sys.modules)
+    return _known(_bfloat16() is not None)
 
 
 @functools.cache

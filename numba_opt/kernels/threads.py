@@ -15,9 +15,9 @@ import functools
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -32,11 +32,30 @@ CHUNK = 16384  # elements: 64 KiB of each float32 array, so a chunk's arrays fit
 # Sharing pays from about 250,000 float32 elements (measured with NAG and FTML: 120,000 is a draw).
 SHARED = 200_000
 
-Job = tuple[Callable[..., Any], tuple[Any, ...], int]  # kernel, arguments but for progress, elements
 
-_jobs: queue.SimpleQueue[partial[Any]] = queue.SimpleQueue()
-_helpers = 0
-_starting = threading.Lock()
+NO_SCRATCH = np.empty((1 << 30, 0), np.uint8)  # for any number of threads
+
+
+class Job(NamedTuple):
+    """A call of a kernel over a long line of elements.
+
+    The kernel is a compiled function with an `entry_point`, what Numba's dispatcher would find out at each
+    call and call itself. The dispatcher also calls functions that profile or trace, which are Python and may
+    raise between two kernels.
+    """
+
+    kernel: Any
+    args: tuple[Any, ...]  # but for scratch and progress
+    elements: int
+    longest: int = 1  # elements that one thread takes as a whole, such as a row
+    scratch: int = 0  # bytes that each thread needs for itself
+    kept: Any = None  # what the kernel has an address of and nobody else holds
+
+
+_jobs: queue.SimpleQueue[list[partial[Any]]] = queue.SimpleQueue()
+_helpers: list[threading.Thread] = []
+# A signal's handler, which may make a step, may come while this is held.
+_starting = threading.RLock()
 
 
 def count() -> int:
@@ -46,29 +65,41 @@ def count() -> int:
 
 
 def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
-    """Call each job's ``kernel(*args, progress)``, on other threads too if it pays; then what comes after.
+    """Call each job's ``kernel(*args, scratch, progress)``, on other threads too if it pays; then the rest.
 
     Python handles signals between bytecodes, and from the first kernel to the last call afterwards there
     are none here, as long as what is called is not written in Python. So Ctrl-C comes before or after.
+    All memory that is needed has been had before, and lives until the end.
     """
     steps: list[partial[Any]] = []
-    for kernel, args, elements in jobs:
-        progress = np.zeros(2, np.int64)  # chunks claimed, chunks done
-        call = partial(kernel, *args, progress)
-        if elements < SHARED:
-            steps.append(call)
+    for kernel, args, elements, longest, size, _ in jobs:
+        if not elements:
             continue
-        chunks = -(-elements // CHUNK)
-        helpers = _ready(min(count(), chunks) - 1)
-        steps += [partial(_jobs.put, call)] * helpers
-        steps += [call, partial(_compiled(), progress, chunks)]
+        helpers = 0
+        if elements >= SHARED:
+            chunks = -(-elements // CHUNK)
+            helpers = _ready(min(count(), chunks, -(-elements // longest)) - 1)
+        own = scratch(1 + helpers, size) if size else NO_SCRATCH
+        progress = np.zeros(3, np.int64)  # threads that joined, chunks claimed, chunks done
+        call = partial(kernel.entry_point, *args, own, progress)
+        if helpers:
+            offer = [call]  # empty once the work is done: helpers that come later keep no memory alive
+            steps += [partial(_jobs.put, offer)] * helpers
+            steps += [call, partial(compiled_finished(), progress, chunks), partial(offer.clear)]
+        else:
+            steps.append(call)
     steps += afterwards
     collections.deque(map(partial.__call__, steps), maxlen=0)
 
 
+def scratch(places: int, size: int) -> np.ndarray:
+    """So many bytes, not set to anything, for each of the threads that may join in."""
+    return np.empty((places, size), np.uint8)
+
+
 def finished(progress, chunks):  # type: ignore[no-untyped-def]
     """Wait until helpers are through with the chunks that they have begun."""
-    while fetch_add(progress, 1, 0) < chunks:
+    while fetch_add(progress, 2, 0) < chunks:
         pass
 
 
@@ -76,35 +107,42 @@ finished = cache.compiled(finished, cache.fingerprint(finished))
 
 
 @functools.cache
-def _compiled() -> Any:
+def compiled_finished() -> Any:
     """`finished`, compiled: at its first call Numba would run Python, after kernels have written."""
     waiting: Any = finished
-    waiting.compile((types.int64[::1], types.int64))
-    return waiting
+    return waiting.compile((types.int64[::1], types.int64))
 
 
 def _ready(wanted: int) -> int:
-    """Have `wanted` helpers; they sleep until there is a job."""
-    global _helpers
-    if _helpers < wanted:
+    """Have `wanted` helpers, or as many as can be had; they sleep until there is a job.
+
+    One that has died, of an exception that somebody raised in it, is replaced. Where the system gives no
+    more threads, there are fewer helpers, or none.
+    """
+    if len(_helpers) < wanted or not all(map(threading.Thread.is_alive, _helpers)):
         with _starting:
-            while _helpers < wanted:
-                threading.Thread(target=_help, args=(_jobs,), name="numba_opt", daemon=True).start()
-                _helpers += 1
-    return max(wanted, 0)
+            _helpers[:] = filter(threading.Thread.is_alive, _helpers)
+            try:
+                while len(_helpers) < wanted:
+                    helper = threading.Thread(target=_help, args=(_jobs,), name="numba_opt", daemon=True)
+                    helper.start()
+                    _helpers.append(helper)
+            except (RuntimeError, MemoryError):
+                pass  # "can't start new thread"
+    return max(min(wanted, len(_helpers)), 0)
 
 
-def _help(jobs: queue.SimpleQueue[partial[Any]]) -> None:
+def _help(jobs: queue.SimpleQueue[list[partial[Any]]]) -> None:
     while True:
-        jobs.get()()
+        collections.deque(map(partial.__call__, jobs.get()), maxlen=0)  # in no variable, while it waits
 
 
 def _forget() -> None:
     """In a forked child no helper is alive."""
     global _jobs, _helpers, _starting
     _jobs = queue.SimpleQueue()
-    _helpers = 0
-    _starting = threading.Lock()
+    _helpers = []
+    _starting = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -82,6 +82,8 @@ class TorchAdamax(TorchForm):
         "maximize": False,
     }
 
+    rules = ((torch_adamax, 2),)
+
     @classmethod
     def variant(cls, group: Mapping[str, Any]) -> Variant:
         beta1, beta2 = betas(group)

@@ -154,6 +154,7 @@ class FTML(Optimizer):
     """
 
     torch_form = TorchFTML
+    variants = ({}, {"reduced": True})
 
     def __init__(
         self,

@@ -87,6 +87,7 @@ class TorchNAG(TorchForm):
     }
     keywords = ("maximize", "nesterov")
     counted = False
+    rules = ((torch_nag, 1),)
 
     @classmethod
     def variant(cls, group: Mapping[str, Any]) -> Variant:
@@ -148,6 +149,7 @@ class NAG(Optimizer):
     """
 
     torch_form = TorchNAG
+    variants = ({}, {"momentum": 0})
 
     def __init__(
         self,

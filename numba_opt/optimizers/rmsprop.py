@@ -134,6 +134,8 @@ class TorchRMSProp(TorchForm):
         (True, True): (momentum_deviation_rmsprop, ("square_avg", "momentum_buffer", "grad_avg")),
     }
 
+    rules = tuple((rule, len(states)) for rule, states in variants.values() if rule is not rmsprop)
+
     @classmethod
     def variant(cls, group: Mapping[str, Any]) -> Variant:
         alpha, eps, momentum = (number(group, name) for name in ("alpha", "eps", "momentum"))
@@ -205,6 +207,7 @@ class RMSProp(Optimizer):
     """
 
     torch_form = TorchRMSProp
+    variants = ({}, {"centered": True})
 
     def __init__(
         self,

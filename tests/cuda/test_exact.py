@@ -1,4 +1,4 @@
-"""Rows that catch up exactly on a simulated GPU: what the CPU has at each step, and what dense steps make."""
+"""Rows that catch up exactly on a GPU: what the CPU has at each step, and what dense steps make."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 
 import numba_opt
 
-from .. import cuda_host, table
-from .rows import SHAPE, block, csr, on_gpu, some
+from .. import table
+from ..ptx import arrays
+from .test_rows import SHAPE, block, csr, on_gpu, some
 
 
 class Pair:
@@ -22,14 +23,14 @@ class Pair:
         options = table.common(row) | {"sparse_update": "exact"} | options
         self.optimizers = table.build(row, **options), table.build(row, **options)
         call = table.make(row, shapes, dtype)
-        self.weights = cuda_host.on_gpu(call.weights), call.weights
+        self.weights = arrays.on_gpu(call.weights), call.weights
         self.states = [
             [optimizer.create_state_multi_precision(t, w) for t, w in enumerate(weights)]
             for optimizer, weights in zip(self.optimizers, self.weights, strict=True)
         ]
 
     def step(self, *grads, distinct=False):
-        ours = [cuda_host.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct) for g in grads]
+        ours = [arrays.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct) for g in grads]
         for optimizer, weights, states, own in zip(
             self.optimizers, self.weights, self.states, (ours, list(grads)), strict=True
         ):
@@ -43,7 +44,7 @@ class Pair:
         found, expected = (
             table.leaves([weights, states]) for weights, states in zip(self.weights, self.states, strict=True)
         )
-        table.assert_alike(self.row, cuda_host.on_cpu(found), expected, tolerance)
+        table.assert_alike(self.row, arrays.on_cpu(found), expected, tolerance)
 
 
 def kinds(n, dtype="float32"):
@@ -55,14 +56,14 @@ def kinds(n, dtype="float32"):
 @table.each
 def test_rows_catch_up(row):
     """Each touched row is at every step what the CPU has, and all of them are after a flush."""
-    pair = Pair(row)
+    pair = Pair(row, [SHAPE, SHAPE])
     for n in range(7):
-        pair.step(kinds(n))
+        pair.step(kinds(n), kinds(n))
         pair.check()
     pair.flush()
     pair.check()
     assert not pair.states[0][0][1].array.any()
-    pair.step(kinds(7))
+    pair.step(kinds(7), kinds(8))
     pair.check()
 
 
@@ -78,7 +79,7 @@ def test_catching_up_is_what_a_dense_step_does(name):
     pair.flush()
     states = [state[0] for state in pair.states[0]], dense.states[0]
     found, expected = (
-        cuda_host.on_cpu(table.leaves([run.weights[0], state]))
+        arrays.on_cpu(table.leaves([run.weights[0], state]))
         for run, state in zip((pair, dense), states, strict=True)
     )
     table.assert_bits(found, expected)
@@ -138,28 +139,28 @@ def test_many_steps(monkeypatch):
     for n in range(8):
         pair.step(block([n % 2, 5], seed=n))
         assert pair.optimizers[0]._history[0].recorded == 1 + n % 3
-        found = cuda_host.on_cpu(table.leaves([pair.weights[0], pair.states[0][0][0]]))
+        found = arrays.on_cpu(table.leaves([pair.weights[0], pair.states[0][0][0]]))
         expected = table.leaves([pair.weights[1], pair.states[1][0][0]])
         table.assert_bits([a[[n % 2, 5]] for a in found], [a[[n % 2, 5]] for a in expected])
     pair.flush()
     pair.check()
 
 
-def test_what_catching_up_launches():
+def test_what_catching_up_launches(driver):
     """Two launches more than a lazy step has; nothing is copied or compiled from step to step."""
     pair = Pair(table.row("nag"))
     grad = on_gpu(block([3, 1]), distinct=True)
     optimizer, weights, states = pair.optimizers[0], pair.weights[0], pair.states[0]
     for _ in range(2):
-        cuda_host.launches.clear()
+        driver.launches.clear()
         optimizer.update([0], weights, [grad], states)
-    assert cuda_host.launches == ["late", "rows", "record"]
-    cuda_host.launches.clear()
+    assert driver.launches == ["late", "rows", "record"]
+    driver.launches.clear()
     optimizer.flush([0], weights, states)
-    assert cuda_host.launches == ["copy", "late", "forget"]
-    cuda_host.launches.clear()
+    assert driver.launches == ["copy", "late", "forget"]
+    driver.launches.clear()
     optimizer.flush([0], weights, states)
-    assert not cuda_host.launches
+    assert not driver.launches
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
@@ -182,8 +183,8 @@ def test_moving_in_the_middle(there):
     for n in range(4):
         pair.step(kinds(n))
     if there:
-        pair.weights = cuda_host.on_cpu(pair.weights[0]), pair.weights[1]
-        pair.states = [cuda_host.on_cpu(pair.states[0]), pair.states[1]]
+        pair.weights = arrays.on_cpu(pair.weights[0]), pair.weights[1]
+        pair.states = [arrays.on_cpu(pair.states[0]), pair.states[1]]
         pair.optimizers[0].update([0], pair.weights[0], [kinds(4)], pair.states[0])
         pair.optimizers[1].update([0], pair.weights[1], [kinds(4)], pair.states[1])
         pair.flush()
@@ -192,9 +193,9 @@ def test_moving_in_the_middle(there):
         )
     else:
         pair.optimizers = pair.optimizers[::-1]
-        weights, states = cuda_host.on_gpu(pair.weights[1]), cuda_host.on_gpu(pair.states[1])
-        pair.weights = weights, cuda_host.on_cpu(pair.weights[0])
-        pair.states = [states, cuda_host.on_cpu(pair.states[0])]
+        weights, states = arrays.on_gpu(pair.weights[1]), arrays.on_gpu(pair.states[1])
+        pair.weights = weights, arrays.on_cpu(pair.weights[0])
+        pair.states = [states, arrays.on_cpu(pair.states[0])]
         pair.step(kinds(4))
         pair.check()
         pair.flush()
@@ -203,25 +204,26 @@ def test_moving_in_the_middle(there):
 
 @pytest.mark.parametrize("name", ["nag", "groupadagrad"])
 @pytest.mark.parametrize("mode", ["lazy", "dense", "exact"])
-def test_what_is_warmed_up(name, mode, monkeypatch):
+def test_what_is_warmed_up(driver, name, mode):
     """Whatever a trainer launches is among what `warmup` compiles."""
     from numba_opt.kernels import cuda as loops
     from numba_opt.warmup import _instances, cuda_kernels
 
-    row, used = table.row(name), set()
-    monkeypatch.setattr(cuda_host.Launch, "__call__", lambda launch, stream: used.add(launch.kernel.key))
+    row = table.row(name)
     call = table.make(row, [SHAPE] * 3)
     optimizer = table.build(row, sparse_update=mode)
-    trainer = numba_opt.Trainer(cuda_host.on_gpu(call.weights), optimizer, clip_global_norm=1.0)
+    trainer = numba_opt.Trainer(arrays.on_gpu(call.weights), optimizer, clip_global_norm=1.0)
     for index in ("int32", "int64"):
         rows = block([1, 2] * 7)
         rows.rows = rows.rows.astype(index)
         distinct = on_gpu(block([1, 2]), distinct=True)
         trainer.step([on_gpu(rows), on_gpu(csr(index=index)), distinct])
     for _ in range(3):
-        trainer.accumulate(cuda_host.on_gpu(call.grads))
+        trainer.accumulate(arrays.on_gpu(call.grads))
     trainer.step()
     trainer.flush()
+    driver.finish()
+    used = {program.key for program in driver.covered}
     made = cuda_kernels(_instances(optimizer), ["f4"], sparse=True)
     ready = {getattr(loops, kernel)(*args).key for kernel, *args in made}
     assert used <= ready
@@ -247,7 +249,7 @@ def test_a_trainer_catches_up(bad, tmp_path):
     options = {"clip_global_norm": 2.0, "skip_nonfinite": True, "lr_mult": {"1": 0.5}}
     gpu, cpu = (
         numba_opt.Trainer(w, table.build(row, wd=0.1, sparse_update="exact"), **options)
-        for w in (cuda_host.on_gpu(call.weights), call.weights)
+        for w in (arrays.on_gpu(call.weights), call.weights)
     )
     for n in range(6):
         grads = [kinds(n), block([n % 4], (4, 3), seed=n), call.grads[2]]
@@ -255,7 +257,7 @@ def test_a_trainer_catches_up(bad, tmp_path):
             grads[1].values[0, 1] = np.nan
         if n == 4:
             grads[1] = None
-        ours = [g if g is None else cuda_host.on_gpu(g) if g is grads[2] else on_gpu(g) for g in grads]
+        ours = [g if g is None else arrays.on_gpu(g) if g is grads[2] else on_gpu(g) for g in grads]
         for trainer, own in ((gpu, ours), (cpu, grads)):
             if not (bad and n == 2 and trainer is cpu):
                 trainer.step(own)
@@ -269,16 +271,18 @@ def test_a_trainer_catches_up(bad, tmp_path):
     gpu.flush()
     cpu.flush()
     found, expected = ([*t.params.values(), *table.leaves(list(t.states.values()))] for t in (gpu, cpu))
-    table.assert_near(cuda_host.on_cpu(found), expected, 1e-6)
+    table.assert_near(arrays.on_cpu(found), expected, 1e-6)
 
 
-def test_what_catches_up_is_not_captured(monkeypatch):
+def test_what_catches_up_is_not_captured(driver):
     pair = Pair(table.row("nag"))
     trainer = numba_opt.Trainer(pair.weights[0], pair.optimizers[0])
     grad = on_gpu(block([1]))
     trainer.step([grad])
-    monkeypatch.setattr(cuda_host.Device, "in_capture", True)
-    with pytest.raises(RuntimeError, match="sparse_update='exact' cannot be captured"):
+    with (
+        driver.capture(0),
+        pytest.raises(RuntimeError, match="sparse_update='exact' cannot be captured"),
+    ):
         trainer.step([grad])
 
 
@@ -297,23 +301,23 @@ def test_stamps_that_are_nonsense(marks):
     [
         (TypeError, "stamps of parameter 0 is a numpy.ndarray, which is not on a GPU", lambda s: s.array),
         (TypeError, "stamps of parameter 0 are .*; expected an array of int64",
-         lambda s: cuda_host.on_gpu(s.array.astype("i4"))),
+         lambda s: arrays.on_gpu(s.array.astype("i4"))),
         (ValueError, r"stamps of parameter 0 has shape \(3,\); expected \(9,\)",
-         lambda s: cuda_host.on_gpu(np.zeros(3, "i8"))),
+         lambda s: arrays.on_gpu(np.zeros(3, "i8"))),
         (ValueError, "stamps of parameter 0 must be contiguous and writable",
-         lambda s: cuda_host.HostArray(s.array, read_only=True)),
+         lambda s: arrays.DeviceArray(s.array, read_only=True)),
         (ValueError, "stamps of parameter 0 is on CUDA device 1; expected device 0",
-         lambda s: cuda_host.HostArray(cuda_host.whole(s.array), 1)),
+         lambda s: arrays.DeviceArray(s.array, 1)),
     ],
 )  # fmt: skip
-def test_bad_stamps(error, message, change):
+def test_bad_stamps(driver, error, message, change):
     pair = Pair(table.row("nag"))
     pair.step(block([1]))
     state, stamps = pair.states[0][0]
-    cuda_host.launches.clear()
+    driver.launches.clear()
     with pytest.raises(error, match=message):
         pair.optimizers[0].update([0], pair.weights[0], [on_gpu(block([1]))], [(state, change(stamps))])
     with pytest.raises(TypeError, match=r"expected \(state, stamps\)"):
         pair.optimizers[0].update([0], pair.weights[0], [on_gpu(block([1]))], [state])
-    assert not cuda_host.launches
+    assert not driver.launches
     assert pair.optimizers[0]._history[0].recorded == 1

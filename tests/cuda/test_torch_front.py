@@ -1,4 +1,4 @@
-"""`numba_opt.torch` on a simulated GPU: the CPU's results, with tensors that only say where they are."""
+"""`numba_opt.torch` on a GPU: the CPU's results, with tensors that only say where they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numba_opt.cuda
 import numba_opt.torch as front
 from numba_opt import torch_tensors
 
-from .. import cuda_host, cuda_torch, table
+from .. import cuda_torch, table
 
 SHAPES = [(5, 7), (8, 16), (1, 130), (0, 4)]
 DTYPES = {"float32": 0.0, "float64": 0.0, "float16": 1e-2, "bfloat16": 1e-2}
@@ -36,23 +36,11 @@ TORCH = [
 
 
 @pytest.fixture(autouse=True)
-def _stand_in(monkeypatch):
-    def told(start, size):
-        cuda_host.known[start] = size
-        if not size:
-            del cuda_host.known[start]
-        cuda_host.starts[:] = sorted(cuda_host.known)
-
-    monkeypatch.setattr(cuda_torch, "told", told)
-    cuda_torch.stand_in(monkeypatch)
-
-    def waits(*args):
-        raise AssertionError("the host waits for the device")
-
-    monkeypatch.setattr(cuda_host.Device, "read", waits)
-    monkeypatch.setattr(cuda_host.Device, "synchronize", waits)
-    cuda_host.launches.clear()
+def _stand_in(driver, monkeypatch):
+    cuda_torch.stand_in(monkeypatch, driver)
     cuda_torch.waited.clear()
+    yield
+    assert not driver.reads, "the host has waited for the device"
 
 
 def parameters(shapes=SHAPES, dtype="float32", seed=0):
@@ -162,7 +150,7 @@ def test_groups_closures_and_schedulers():
     assert pairs[0][0].state[gpu[1]]["step"] == 3
 
 
-def test_duplicates_take_a_step_for_each_time():
+def test_duplicates_take_a_step_for_each_time(driver):
     gpu, cpu = parameters([(4,), (3,)])
     with pytest.warns(UserWarning, match="duplicate parameters"):
         one, two = front.Adamax([*gpu, gpu[0]]), front.Adamax([*cpu, cpu[0]])
@@ -170,6 +158,7 @@ def test_duplicates_take_a_step_for_each_time():
         give(k, gpu, cpu)
         one.step()
         two.step()
+    driver.reads = 0  # the second time, a buffer had to grow
     agree(one, two)
 
 
@@ -236,7 +225,7 @@ def test_steps_counted_on_the_device_are_counted_on_the_host():
 # ---------------------------------------------------------------- launches
 
 
-def test_one_launch_for_each_dtype_and_device():
+def test_one_launch_for_each_dtype_and_device(driver):
     cpu = [torch.nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in [torch.float32, torch.float64] * 8]
     gpu = [cuda_torch.on_gpu(p, k // 8) for k, p in enumerate(cpu)]
     one, two = front.RMSProp(gpu), front.RMSProp(cpu)
@@ -246,8 +235,8 @@ def test_one_launch_for_each_dtype_and_device():
         for optimizer in (one, two):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-        launches.append(sorted(cuda_host.launches))
-        cuda_host.launches.clear()
+        launches.append(sorted(driver.launches))
+        driver.launches.clear()
     assert launches == [
         ["copy"] * 4 + ["dense"] * 4 + ["set_hyper"] * 2,
         ["dense"] * 4,
@@ -271,7 +260,7 @@ def test_parameters_on_the_cpu_and_on_two_gpus():
     assert {str(x["z"].device) for x in one.state.values()} == {"cpu", "cuda:0", "cuda:1"}
 
 
-def test_new_gradients_at_each_step():
+def test_new_gradients_at_each_step(driver):
     """They go into the tables that are there, and none is held."""
     gpu, cpu = parameters()
     one, two = front.NAG(gpu), front.NAG(cpu)
@@ -280,12 +269,12 @@ def test_new_gradients_at_each_step():
         give(k, gpu, cpu)
         kept.append([p.grad for p in gpu])  # so that the next ones lie elsewhere
         before = [cuda_torch.on_cpu(p.grad) for p in gpu]
-        cuda_host.launches.clear()
+        driver.launches.clear()
         one.step()
         two.step()
         bindings.add(*map(id, one._bindings.values()))
         assert all(torch.equal(cuda_torch.on_cpu(p.grad), x) for p, x in zip(gpu, before, strict=True))
-    assert cuda_host.launches == ["copy", "dense"]
+    assert driver.launches == ["copy", "dense"]
     assert not cuda_torch.waited
     assert len(bindings) == 1
     agree(one, two)
@@ -296,10 +285,10 @@ def test_new_gradients_at_each_step():
     assert gone() is None
 
 
-def test_tensors_without_dlpacks_c_functions(monkeypatch):
+def test_tensors_without_dlpacks_c_functions(driver, monkeypatch):
     """torch before 2.10: tensors are asked one by one."""
-    monkeypatch.setattr(torch_tensors, "_asker", lambda: None)
-    test_new_gradients_at_each_step()
+    monkeypatch.setattr(torch_tensors, "_functions", lambda: None)
+    test_new_gradients_at_each_step(driver)
     test_parameters_on_the_cpu_and_on_two_gpus()
     test_arrays_that_are_elsewhere()
 
@@ -324,31 +313,28 @@ def test_parameters_that_move():
     assert state["step"] == 2
 
 
-def test_streams(monkeypatch):
+def test_streams(driver):
     """To torch's current stream, or to one that is named, between what torch's has and what it will get."""
-    seen = []
-    call = cuda_host.Launch.__call__
-    monkeypatch.setattr(
-        cuda_host.Launch, "__call__", lambda one, stream: seen.append(stream) or call(one, stream)
-    )
-    monkeypatch.setattr(cuda_host.Device, "after", lambda device, *streams: seen.append(streams))
+    stream, current = driver.stream(), cuda_torch.CURRENT
     gpu, cpu = parameters([(3,)])
     one = front.NAG(gpu)
     give(0, gpu, cpu)
     one.step()
-    assert seen == [cuda_torch.CURRENT] * 2
-    seen.clear()
-    with numba_opt.cuda.on(7):
+    assert {*driver.streams_used} == {current}
+    assert not driver.waits
+    driver.streams_used.clear()
+    with numba_opt.cuda.on(stream):
         one.step()
-    assert seen[0] == (7, cuda_torch.CURRENT)
-    assert seen[-2:] == [7, (cuda_torch.CURRENT, 7)]
-    seen.clear()
-    with numba_opt.cuda.on(7):
+    assert {*driver.streams_used} == {stream}
+    assert driver.waits[0] == (stream, current)
+    assert driver.waits[-1] == (current, stream)
+    driver.waits.clear()
+    with numba_opt.cuda.on(stream):
         front.NAG(gpu).step()
-    assert seen[0] == (7, cuda_torch.CURRENT)  # where the states are made
+    assert driver.waits[0] == (stream, current)  # where the states are made
 
 
-def test_what_cannot_be_captured(monkeypatch):
+def test_what_cannot_be_captured(driver):
     gpu, cpu = parameters([(3,)])
     give(0, gpu, cpu)
     with pytest.raises(ValueError, match=r"capturable must be False, got True: .* numba_opt.Trainer"):
@@ -356,16 +342,36 @@ def test_what_cannot_be_captured(monkeypatch):
     fresh, used = front.Adamax(gpu), front.Adamax(gpu)
     used.step()
     before = content(used)
-    monkeypatch.setattr(cuda_host.Device, "in_capture", True)
-    cuda_host.launches.clear()
+    driver.launches.clear()
+    refusal = r"cannot be captured in a CUDA graph; those of numba_opt.Train"
     for optimizer in (fresh, used):
-        with pytest.raises(
-            RuntimeError, match=r"cannot be captured in a CUDA graph; those of numba_opt.Train"
-        ):
+        with driver.capture(cuda_torch.CURRENT), pytest.raises(RuntimeError, match=refusal):
             optimizer.step()
-    assert not cuda_host.launches
+    assert not driver.launches
     assert not fresh.state[gpu[0]]
     table.assert_bits(content(used), before)
+
+
+def test_what_is_warmed_up(driver):
+    """Whatever the front launches is among what `warmup` compiles for the optimizer that it belongs to."""
+    from numba_opt.kernels import cuda as loops
+    from numba_opt.warmup import _instances, cuda_kernels
+
+    classes = [*TORCH, (front.GroupAdaGrad, {"formula": "mxnet"}), (front.FTML, {"formula": "mxnet"})]
+    ready = {
+        getattr(loops, kernel)(*args).key
+        for kernel, *args in cuda_kernels(_instances([cls.own for cls, _ in classes]), ["f4"], sparse=True)
+    }
+    for cls, options in classes:
+        gpu, cpu = parameters([(9, 6), (4, 3)])
+        give(0, gpu, cpu)
+        gpu[0].grad = sparse_on_gpu(coo([7, 2, 7]))
+        optimizer = cls(gpu, **options)
+        optimizer.step()
+        gpu[0].grad = sparse_on_gpu(coo([7, 2], coalesced=True))
+        optimizer.step()
+    driver.finish()
+    assert {program.key for program in driver.covered} <= ready
 
 
 # ---------------------------------------------------------------- memory
@@ -417,7 +423,7 @@ def test_gradients_that_lie_oddly():
         agree(one, two)
 
 
-def test_memory_that_is_shared():
+def test_memory_that_is_shared(driver):
     base = cuda_torch.on_gpu(torch.randn(10))
     pair = [torch.nn.Parameter(base[:6]), torch.nn.Parameter(base[4:])]
     own_grad = torch.nn.Parameter(cuda_torch.on_gpu(torch.randn(3)))
@@ -435,7 +441,7 @@ def test_memory_that_is_shared():
         with pytest.raises(ValueError, match=message):
             front.RMSProp(params).step()
         assert all(torch.equal(cuda_torch.on_cpu(p), q) for p, q in zip(params, before, strict=True))
-    assert not cuda_host.launches
+    assert not driver.launches
 
 
 def test_what_begins_to_overlap_or_to_end_is_refused():
@@ -472,12 +478,14 @@ def sparse_on_gpu(grad):
 @pytest.mark.parametrize("coalesced", [False, True])
 def test_sparse_gradients(cls, coalesced):
     """In one step with dense ones; rows differ from step to step."""
-    gpu, cpu = parameters([(9, 6), (4, 3)])
+    gpu, cpu = parameters([(9, 6), (4, 3), (9, 6)])
     one, two = cls(gpu, lr=0.1), cls(cpu, lr=0.1)
     for k, rows in enumerate(([7, 2, 7, 0], [3], [], [8, 8, 8, 1, 0])):
         give(k, gpu, cpu)
         cpu[0].grad = coo(rows, coalesced=coalesced, seed=k)
-        gpu[0].grad = sparse_on_gpu(cpu[0].grad)
+        cpu[2].grad = coo([*rows, 5, 5, 5, 5], seed=k) if not coalesced else cpu[0].grad
+        for p, q in zip(gpu[::2], cpu[::2], strict=True):
+            p.grad = sparse_on_gpu(q.grad)
         one.step()
         two.step()
     assert not cuda_torch.waited
@@ -495,7 +503,7 @@ def test_sparse_dtypes(dtype):
     agree(one, two, DTYPES[dtype])
 
 
-def test_other_sparse_forms():
+def test_other_sparse_forms(driver):
     gpu, _ = parameters([(9, 6)])
     optimizer = front.NAG(gpu)
     gpu[0].grad = sparse_on_gpu(torch.ones(9, 6).to_sparse(2))
@@ -503,7 +511,7 @@ def test_other_sparse_forms():
         ValueError, match="gradient of parameter 0 has 2 sparse dimensions; expected 1, as it is on"
     ):
         optimizer.step()
-    assert not cuda_host.launches
+    assert not driver.launches
 
 
 # ---------------------------------------------------------------- errors

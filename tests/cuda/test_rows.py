@@ -1,4 +1,4 @@
-"""Sparse gradients on a simulated GPU: the rows that the CPU's kernels update, with the same results."""
+"""Sparse gradients on a GPU: the rows that the CPU's kernels update, with the same results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import scipy.sparse
 import numba_opt
 from numba_opt import RowSparse
 
-from .. import cuda_host, table
+from .. import table
+from ..ptx import arrays
 
 SHAPE = (9, 6)
-ROWS = [7, 2, 7, 0, 2, 7]
+ROWS = [7, 2, 7, 0, 2, *[7] * 9, *[5] * 4]  # some so often that compilers take them four at a time
 
 
 def block(rows=ROWS, shape=SHAPE, dtype="float32", seed=1):
@@ -33,7 +34,7 @@ def csr(shape=SHAPE, dtype="float32", index="int32", seed=1):
 
 def on_gpu(grad, distinct=False):
     """A sparse gradient with arrays on the GPU; CuPy's CSR matrices have the same names."""
-    array = cuda_host.on_gpu
+    array = arrays.on_gpu
     if isinstance(grad, RowSparse):
         return RowSparse(array(grad.rows), array(grad.values), grad.shape, distinct)
     return SimpleNamespace(
@@ -42,20 +43,21 @@ def on_gpu(grad, distinct=False):
     )  # fmt: skip
 
 
-def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, **options):
-    """Weights and states after some steps: on the GPU, and on the CPU."""
+def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, times=2, **options):
+    """Weights and states after some steps, of so many parameters each: on the GPU, and on the CPU."""
+    grads, shapes = [*grads] * times, [*(shapes or [SHAPE] * len(grads))] * times
     options = table.common(row) | options
     gpu, cpu = table.build(row, **options), table.build(row, **options)
-    call = table.make(row, shapes or [SHAPE] * len(grads), dtype)
+    call = table.make(row, shapes, dtype)
     if options.get("multi_precision") or options.get("state_dtype"):
         states = [cpu.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
         call = call._replace(states=states)
-    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
-    theirs = [cuda_host.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct) for g in grads]
+    weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
+    theirs = [arrays.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct) for g in grads]
     for _ in range(steps):
         cpu.update_multi_precision(call.indices, call.weights, grads, call.states)
         gpu.update_multi_precision(call.indices, weights, theirs, states)
-    return cuda_host.on_cpu([weights, states]), table.outputs(call)
+    return arrays.on_cpu([weights, states]), table.outputs(call)
 
 
 some = pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
@@ -65,14 +67,25 @@ some = pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
 def test_every_form(row):
     """Both kinds of blocks and a CSR matrix, in one call."""
     gpu, cpu = table.build(row, **table.common(row)), table.build(row, **table.common(row))
-    call = table.make(row, [SHAPE] * 3)
-    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
-    grads = [block(), csr(), block([7, 0, 3])]
-    ours = [on_gpu(grads[0]), on_gpu(grads[1]), on_gpu(grads[2], distinct=True)]
+    call = table.make(row, [SHAPE] * 6)
+    weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
+    grads = [block(), csr(), block([7, 0, 3])] * 2
+    ours = [on_gpu(grad, distinct=k % 3 == 2) for k, grad in enumerate(grads)]
     for _ in range(2):
         cpu.update(call.indices, call.weights, grads, call.states)
         gpu.update(call.indices, weights, ours, states)
-    table.assert_alike(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
+    table.assert_alike(row, arrays.on_cpu([weights, states]), table.outputs(call))
+
+
+@some
+@pytest.mark.parametrize("mode", ["lazy", "dense"])
+def test_wide_rows(name, mode):
+    """Several accesses of 16 bytes for each thread of a warp, and what is left."""
+    row, shapes = table.row(name), [(3, 1100), (3, 1024), (3, 1100)]
+    full = scipy.sparse.csr_array(np.random.default_rng(0).standard_normal(shapes[1]).astype("f4"))
+    grads = [block([2, 0], shapes[0]), full, block([1, 1, 0], shapes[2])]
+    table.assert_alike(row, *both(row, grads[:1], shapes[:1], steps=1, distinct=True, sparse_update=mode))
+    table.assert_alike(row, *both(row, grads[1:], shapes[1:], steps=1, sparse_update=mode))
 
 
 @some
@@ -124,28 +137,15 @@ def test_every_kind_in_one_call():
 
 
 @pytest.mark.parametrize(
-    ("count", "merges"), [(0, 0), (1, 0), (3, 0), (8, 0), (9, 1), (16, 1), (21, 2), (70, 4)]
+    ("count", "merges"), [(0, 0), (1, 0), (3, 0), (70, 0), (1024, 0), (1025, 1), (2048, 1), (2500, 2)]
 )
-def test_many_parts(count, merges):
-    """Any number of keys: here a block sorts 8 of them, and runs of these are merged."""
+def test_many_parts(driver, count, merges):
+    """Any number of keys: a block sorts 1,024 of them, and runs of these are merged."""
     row = table.row("rmsprop")
-    rows = np.random.default_rng(count).integers(0, 20, count).tolist()
-    cuda_host.launches.clear()
-    table.assert_alike(row, *both(row, [block(rows, (20, 5))], [(20, 5)], steps=1))
-    assert [name for name in cuda_host.launches if name in ("keys", "merge")] == ["keys"] + ["merge"] * merges
-
-
-def test_runs_of_a_real_length(monkeypatch):
-    from numba_opt.kernels import cuda, cuda_rows
-
-    monkeypatch.setattr(cuda, "RUN", 1024)
-    monkeypatch.setattr(cuda_rows, "RUN", 1024)
-    monkeypatch.setattr(cuda, "keys", cuda.keys.__wrapped__)
-    row = table.row("nag-plain")
-    rows = np.random.default_rng(0).integers(0, 300, 2500).tolist()
-    cuda_host.launches.clear()
-    table.assert_alike(row, *both(row, [block(rows, (300, 1))], [(300, 1)], steps=1))
-    assert [name for name in cuda_host.launches if name in ("keys", "merge")] == ["keys", "merge", "merge"]
+    rows = np.random.default_rng(count).integers(0, 300, count).tolist()
+    driver.launches.clear()
+    table.assert_alike(row, *both(row, [block(rows, (300, 1))], [(300, 1)], steps=1, times=1))
+    assert [name for name in driver.launches if name in ("keys", "merge")] == ["keys"] + ["merge"] * merges
 
 
 def some_csr(columns, shape=SHAPE, index="int32"):
@@ -180,29 +180,24 @@ def test_columns_that_lead_outside(rising):
     good.data[...] = bad.data[1:3]
     if not rising:
         bad.indices[[0, 4]] = bad.indices[[4, 0]]
-    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
     table.build(row).update([0], weights, [on_gpu(bad)], states)
     table.build(row).update([0], call.weights, [good], call.states)
-    table.assert_bits(cuda_host.on_cpu([weights, states]), table.outputs(call))
+    table.assert_bits(arrays.on_cpu([weights, states]), table.outputs(call))
 
 
 @pytest.mark.parametrize("rising", [True, False])
-def test_how_often_columns_are_read(monkeypatch, rising):
+def test_how_often_columns_are_read(driver, rising):
     """Once to see whether they rise, and then for each element a few times; if they don't, all of them."""
     row, width, entries = table.row("nag-plain"), 192, 64
     matrix = some_csr([[*range(0, width, 3)][:: 1 if rising else -1]], (1, width))
     call = table.make(row, [(1, width)])
-    weights, grad = cuda_host.on_gpu(call.weights), on_gpu(matrix)
-    first = grad.indices.array.__array_interface__["data"][0]
-    reads, view = [], cuda_host.view
-
-    def seen(address, code, count):
-        if first <= address < first + 4 * entries:
-            reads.append(address)
-        return view(address, code, count)
-
-    monkeypatch.setattr(cuda_host, "view", seen)
+    weights, grad = arrays.on_gpu(call.weights), on_gpu(matrix)
     table.build(row).update([0], weights, [grad], [None])
+    arrays.on_cpu(weights)
+    first = grad.indices.address
+    places = np.concatenate([entry[1] for entry in driver.last.log.entries])
+    reads = places[(first <= places) & (places < first + 4 * entries)]
     if rising:
         assert len(reads) <= 2 * entries + width * (6 + 3)
     else:
@@ -231,14 +226,14 @@ def test_numbers_that_lead_outside(form):
         )
         ours = on_gpu(matrix)
         ours.indptr.array[4:] = 10**6
-    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row))
+    gpu = numba_opt.Trainer(arrays.on_gpu(call.weights), table.build(row))
     cpu = numba_opt.Trainer(call.weights, table.build(row))
     assert not gpu.stray_rows
     gpu.step([ours])
     cpu.step([good])
     assert gpu.stray_rows
     assert not cpu.stray_rows
-    table.assert_bits(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()))
+    table.assert_bits(arrays.on_cpu(list(gpu.params.values())), list(cpu.params.values()))
 
 
 @pytest.mark.parametrize("make", [block, csr], ids=["block", "csr"])
@@ -246,37 +241,37 @@ def test_norms(make):
     row = table.row("nag")
     call = table.make(row, [SHAPE, (4, 3)])
     options = {"clip_global_norm": 0.5}
-    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row), **options)
+    gpu = numba_opt.Trainer(arrays.on_gpu(call.weights), table.build(row), **options)
     cpu = numba_opt.Trainer(call.weights, table.build(row), **options)
-    gpu.step([on_gpu(make()), cuda_host.on_gpu(call.grads[1])])
+    gpu.step([on_gpu(make()), arrays.on_gpu(call.grads[1])])
     cpu.step([make(), call.grads[1]])
     assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
-    table.assert_near(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()), 1e-6)
+    table.assert_near(arrays.on_cpu(list(gpu.params.values())), list(cpu.params.values()), 1e-6)
 
 
 def test_new_rows_at_each_step():
     row = table.row("rmsprop")
     call = table.make(row, [SHAPE])
-    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row))
+    gpu = numba_opt.Trainer(arrays.on_gpu(call.weights), table.build(row))
     cpu = numba_opt.Trainer(call.weights, table.build(row))
     for seed, rows in enumerate(([1], ROWS, [3, 3, 3], [], ROWS * 3, [5])):
         gpu.step([on_gpu(block(rows, seed=seed))])
         cpu.step([block(rows, seed=seed)])
-        table.assert_bits(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()))
+        table.assert_bits(arrays.on_cpu(list(gpu.params.values())), list(cpu.params.values()))
 
 
 def test_rows_that_change_in_place():
     """Row numbers are read at each step, though the arrays are known."""
     row = table.row("nag")
     call = table.make(row, [SHAPE])
-    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row))
+    gpu = numba_opt.Trainer(arrays.on_gpu(call.weights), table.build(row))
     cpu = numba_opt.Trainer(call.weights, table.build(row))
     ours, theirs = on_gpu(block([1, 4])), block([1, 4])
     for numbers in ([1, 4], [4, 4], [8, 0]):
         ours.rows.array[:] = theirs.rows[:] = numbers
         gpu.step([ours])
         cpu.step([theirs])
-    table.assert_bits(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()))
+    table.assert_bits(arrays.on_cpu(list(gpu.params.values())), list(cpu.params.values()))
 
 
 def test_a_block_is_read_back():
@@ -296,14 +291,14 @@ def test_every_row(row, distinct):
     """Rows without a gradient take a step with zero: weight decay, and states that fade."""
     options = table.common(row) | {"sparse_update": "dense"}
     gpu, cpu = table.build(row, **options), table.build(row, **options)
-    call = table.make(row, [SHAPE] * 4)
-    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
-    grads = [block([7, 0, 3]), csr(), block([7, 0, 3] if distinct else ROWS), block([])]
+    call = table.make(row, [SHAPE] * 5)
+    weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
+    grads = [block([7, 0, 3]), csr(), block([7, 0, 3] if distinct else ROWS), block([]), csr(seed=2)]
     ours = [on_gpu(grad, distinct) for grad in grads]
     for _ in range(2):
         cpu.update(call.indices, call.weights, grads, call.states)
         gpu.update(call.indices, weights, ours, states)
-    table.assert_alike(row, cuda_host.on_cpu([weights, states]), table.outputs(call))
+    table.assert_alike(row, arrays.on_cpu([weights, states]), table.outputs(call))
 
 
 @some
@@ -334,7 +329,7 @@ def test_every_row_but_strays():
     given, good = block([2, 1, 5, 3]), block([2, 5])
     good.values[...] = given.values[[0, 2]]
     ours = on_gpu(given)
-    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row, **options), clip_global_norm=1)
+    gpu = numba_opt.Trainer(arrays.on_gpu(call.weights), table.build(row, **options), clip_global_norm=1)
     cpu = numba_opt.Trainer(call.weights, table.build(row, **options), clip_global_norm=1)
     gpu.step([on_gpu(good)])
     cpu.step([good])
@@ -343,28 +338,28 @@ def test_every_row_but_strays():
     gpu.step([ours])
     assert gpu.stray_rows
     cpu.step([good])
-    table.assert_near(cuda_host.on_cpu(list(gpu.params.values())), list(cpu.params.values()), 1e-6)
+    table.assert_near(arrays.on_cpu(list(gpu.params.values())), list(cpu.params.values()), 1e-6)
 
 
 def test_another_mode_from_now_on():
     row = table.row("adamax")
     call = table.make(row, [SHAPE])
     gpu, cpu = table.build(row, wd=0.1), table.build(row, wd=0.1)
-    weights, states, grad = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states), on_gpu(block())
+    weights, states, grad = arrays.on_gpu(call.weights), arrays.on_gpu(call.states), on_gpu(block())
     for mode in ("lazy", "dense", "lazy"):
         gpu.sparse_update = cpu.sparse_update = mode
         gpu.update([0], weights, [grad], states)
         cpu.update([0], call.weights, [block()], call.states)
-        table.assert_bits(cuda_host.on_cpu([weights, states]), table.outputs(call))
+        table.assert_bits(arrays.on_cpu([weights, states]), table.outputs(call))
 
 
 # ---------------------------------------------------------------- errors
 
 
-def changed(**arrays):
+def changed(**others):
     grad = on_gpu(csr())
-    for name, array in arrays.items():
-        setattr(grad, name, cuda_host.on_gpu(array))
+    for name, array in others.items():
+        setattr(grad, name, arrays.on_gpu(array))
     return grad
 
 
@@ -375,7 +370,7 @@ def changed(**arrays):
         (lambda: block(), TypeError, "gradient of parameter 0 is a numba_opt.sparse.RowSparse.*not on a GPU"),
         (lambda: csr(), TypeError, "gradient of parameter 0 is a scipy.sparse.*not on a GPU"),
         (lambda: on_gpu(block(dtype="int32")), TypeError, "values of RowSparse are int32"),
-        (lambda: RowSparse(cuda_host.on_gpu(np.zeros(2, "u4")), cuda_host.on_gpu(np.zeros((2, 6))), SHAPE),
+        (lambda: RowSparse(arrays.on_gpu(np.zeros(2, "u4")), arrays.on_gpu(np.zeros((2, 6))), SHAPE),
          TypeError, "rows of gradient of parameter 0 are uint32; expected int32 or int64"),
         (lambda: changed(indptr=np.zeros(3, "i4")), ValueError,
          "indptr of gradient .* has length 3; expected 10"),
@@ -385,22 +380,22 @@ def changed(**arrays):
          "expected RowSparse or a CSR matrix"),
     ],
 )  # fmt: skip
-def test_bad_gradients(grad, error, message):
+def test_bad_gradients(driver, grad, error, message):
     row = table.row("nag")
     call = table.make(row, [SHAPE])
-    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
+    weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
     optimizer = table.build(row)
-    cuda_host.launches.clear()
+    driver.launches.clear()
     with pytest.raises(error, match=message):
         optimizer.update([0], weights, [grad()], states)
-    assert not cuda_host.launches
+    assert not driver.launches
     assert optimizer.num_update == 0
 
 
 def test_gradients_that_share_memory_with_weights():
     row = table.row("nag")
     call = table.make(row, [(2, 6)])
-    weights, states = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.states)
-    grad = RowSparse(cuda_host.on_gpu(np.array([0, 1])), weights[0], (2, 6))
+    weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
+    grad = RowSparse(arrays.on_gpu(np.array([0, 1])), weights[0], (2, 6))
     with pytest.raises(ValueError, match="shares memory with gradient of parameter 0"):
         table.build(row).update([0], weights, [grad], states)

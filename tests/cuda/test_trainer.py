@@ -1,4 +1,4 @@
-"""`Trainer` on a simulated GPU: norms, guards, graphs, checkpoints, and errors that come in time."""
+"""`Trainer` on a GPU: norms, guards, graphs, checkpoints, and errors that come in time."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 
 import numba_opt
+from numba_opt import cuda_arrays
 
-from .. import cuda_host, table
+from .. import table
+from ..ptx import arrays
 
 SHAPES = [(5, 7), (8, 16), 33]
 
 
 def twins(row, call, **options):
     """A trainer on the GPU and one on the CPU, with gradients for each of them."""
-    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), table.build(row, **table.common(row)), **options)
+    gpu = numba_opt.Trainer(arrays.on_gpu(call.weights), table.build(row, **table.common(row)), **options)
     cpu = numba_opt.Trainer(call.weights, table.build(row, **table.common(row)), **options)
-    return gpu, cpu, cuda_host.on_gpu(call.grads), call.grads
+    return gpu, cpu, arrays.on_gpu(call.grads), call.grads
 
 
 def content(trainer):
@@ -73,7 +75,7 @@ def test_the_norm_does_not_depend_on_who_adds(monkeypatch):
     call = table.make(row, [4096 * 2 + 100, 50])
     norms = set()
     for blocks in (1, 2, 3):
-        monkeypatch.setattr(cuda_host.Device, "processors", blocks)
+        monkeypatch.setattr(cuda_arrays.kernels().driver.device(0), "processors", blocks)
         gpu, _, ours, _ = twins(row, call.copy(), clip_global_norm=1.0)
         gpu.step(ours)
         norms.add(gpu.grad_norm)
@@ -106,6 +108,18 @@ def test_more_groups_than_before():
         agree(gpu, cpu, 1e-6)
 
 
+def test_many_groups_of_many_tensors():
+    """More sums of squares, and more hyper-parameters, than a block has threads."""
+    row = table.row("nag-plain")
+    call = table.make(row, [1 + k % 3 for k in range(1100)])
+    rates = {str(k): 1.0 + k / 1100 for k in range(1100)}
+    gpu, cpu, ours, theirs = twins(row, call, clip_global_norm=0.5, lr_mult=rates)
+    gpu.step(ours)
+    cpu.step(theirs)
+    assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
+    agree(gpu, cpu, 1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"clip_global_norm": 0.5}])
 def test_a_trainer_takes_chance_over_from_a_file(options):
     """It had none before."""
@@ -113,9 +127,9 @@ def test_a_trainer_takes_chance_over_from_a_file(options):
     kept = {"state_dtype": "bfloat16", "beta1": 0.5}
     chance = numba_opt.Trainer([w.copy() for w in call.weights], "adamax", stochastic_rounding=True, **kept)
     chance.step(call.grads)
-    gpu = numba_opt.Trainer(cuda_host.on_gpu(call.weights), "adamax", **kept, **options)
+    gpu = numba_opt.Trainer(arrays.on_gpu(call.weights), "adamax", **kept, **options)
     cpu = numba_opt.Trainer(call.weights, "adamax", **kept, **options)
-    grads = cuda_host.on_gpu(call.grads)
+    grads = arrays.on_gpu(call.grads)
     for trainer, given in ((gpu, grads), (cpu, call.grads)):
         trainer.step(given)
         trainer.load_state_dict(chance.state_dict())
@@ -133,31 +147,28 @@ def test_new_gradients_at_each_step():
     gpu, cpu, _, theirs = twins(row, table.make(row, [3, 40]))
     for scale in (1, 2, 3):
         fresh = [np.float32(scale) * grad for grad in theirs]
-        gpu.step(cuda_host.on_gpu(fresh))
+        gpu.step(arrays.on_gpu(fresh))
         cpu.step(fresh)
     agree(gpu, cpu)
 
 
-class Pointing(cuda_host.HostArray):
+class Pointing(arrays.DeviceArray):
     """An array that says where it is as CuPy's do, too."""
 
     @property
     def data(self):
-        return SimpleNamespace(ptr=self.array.ctypes.data)
+        return SimpleNamespace(ptr=self.address)
 
 
-@pytest.mark.parametrize("kind", [cuda_host.HostArray, Pointing])
+@pytest.mark.parametrize("kind", [arrays.DeviceArray, Pointing])
 def test_arrays_that_move(kind):
     """An array's object may be the same and its memory another: that of a gradient, or of a weight."""
     call = table.make(table.row("nag"), [3, 40])
-    weights, grads = ([kind(cuda_host.whole(a)) for a in part] for part in (call.weights, call.grads))
+    weights, grads = ([kind(a) for a in part] for part in (call.weights, call.grads))
     gpu, cpu = numba_opt.Trainer(weights, "nag"), numba_opt.Trainer(call.weights, "nag")
-    gone = []
     for moved in ([], [grads[0]], [weights[1], grads[1]], [weights[0]]):
         for array in moved:
-            gone.append(array.array)
-            array.array = cuda_host.whole(array.array)
-            gone[-1][...] = np.nan
+            array.move()
         for trainer, given in ((gpu, grads), (cpu, call.grads)):
             trainer.step(given)
             trainer.step(given)
@@ -176,43 +187,38 @@ def test_a_step_holds_no_gradient():
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_global_norm": 0.5, "skip_nonfinite": True}])
-def test_a_captured_step(monkeypatch, options):
+def test_a_captured_step(driver, options):
     """What goes into a graph is kernels and nothing else; replayed, they see new hyper-parameters."""
     row = table.row("ftml")
     gpu, cpu, ours, theirs = twins(row, table.make(row, [3, 40]), **options)
     gpu.step(ours)
     cpu.step(theirs)
-    captured = []
-    with monkeypatch.context() as patch:
-        patch.setattr(cuda_host.Device, "in_capture", True)
-        patch.setattr(cuda_host.Launch, "__call__", lambda launch, stream: captured.append(launch))
-        cuda_host.launches.clear()
+    driver.launches.clear()
+    with driver.capture(0) as graph:
         gpu.step(ours)
-        assert not cuda_host.launches
+    assert not driver.launches
     agree(gpu, cpu, 1e-6)
     assert gpu.optimizer.num_update == 1
-    assert [launch.kernel.key[0] for launch in captured][-1] == "dense"
-    assert not {"set_hyper", "copy"} & {launch.kernel.key[0] for launch in captured}
+    assert graph.names[-1] == "dense"
+    assert not {"set_hyper", "copy"} & {*graph.names}
     for lr in (0.1, 0.1, 0.03):
         for trainer in (gpu, cpu):
             trainer.set_learning_rate(lr)
         gpu.advance(batch_size=2)
-        for launch in captured:
-            launch(0)
+        graph.launch(0)
         cpu.step(theirs, batch_size=2)
         agree(gpu, cpu, 1e-6)
 
 
-def test_what_cannot_be_captured(monkeypatch):
+def test_what_cannot_be_captured(driver):
     row = table.row("nag")
     gpu, _, ours, _ = twins(row, table.make(row, [3]))
     with pytest.raises(ValueError, match="advance needs a step that has been captured"):
         gpu.advance()
-    monkeypatch.setattr(cuda_host.Device, "in_capture", True)
-    cuda_host.launches.clear()
-    with pytest.raises(RuntimeError, match="make one before the capture"):
+    driver.launches.clear()
+    with driver.capture(0), pytest.raises(RuntimeError, match="make one before the capture"):
         gpu.step(ours)
-    assert not cuda_host.launches
+    assert not driver.launches
     assert gpu.optimizer.num_update == 0
 
 
@@ -243,13 +249,13 @@ def test_accumulate(row, dtype):
     for n in range(3):
         for part in range(3):
             theirs = table.make(row, SHAPES, dtype, seed=9 * n + part).grads
-            ours = cuda_host.on_gpu(theirs)
+            ours = arrays.on_gpu(theirs)
             last = part == 2 and n % 2
             for trainer, grads in ((gpu, ours), (cpu, theirs)):
                 trainer.step(grads, batch_size=3) if last else trainer.accumulate(grads)
-            table.assert_bits(cuda_host.on_cpu(ours), theirs)
+            table.assert_bits(arrays.on_cpu(ours), theirs)
             if not last:
-                table.assert_bits(cuda_host.on_cpu(gpu._sums), cpu._sums)
+                table.assert_bits(arrays.on_cpu(gpu._sums), cpu._sums)
         if not n % 2:
             for trainer in (gpu, cpu):
                 trainer.step(batch_size=3)
@@ -268,33 +274,33 @@ def test_half_precision_adds_up(masters):
     call = table.make(row, [(5, 7), 33], "float16")
     gpu, cpu = (
         numba_opt.Trainer(weights, table.build(row, multi_precision=masters), clip_global_norm=1e9)
-        for weights in (cuda_host.on_gpu(call.weights), call.weights)
+        for weights in (arrays.on_gpu(call.weights), call.weights)
     )
     for n in range(2):
         for part in range(3):
             theirs = table.make(row, [(5, 7), 33], "float16", seed=3 * n + part).grads
             theirs[1] = theirs[1].astype("float32") if masters and part == 1 else theirs[1]
-            gpu.accumulate(cuda_host.on_gpu(theirs))
+            gpu.accumulate(arrays.on_gpu(theirs))
             cpu.accumulate(theirs)
             assert {total.dtype for total in cpu._sums} == {np.dtype("f4" if masters else "f2")}
-            table.assert_bits(cuda_host.on_cpu(gpu._sums), cpu._sums)
+            table.assert_bits(arrays.on_cpu(gpu._sums), cpu._sums)
         gpu.step()
         cpu.step()
         assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
         agree(gpu, cpu)
 
 
-def test_what_accumulating_launches():
+def test_what_accumulating_launches(driver):
     """Two kernels that differ in one addition; tables are written once, as the memory stays where it is."""
     row = table.row("nag")
     gpu, _, ours, _ = twins(row, table.make(row, SHAPES))
     seen = []
     for _ in range(3):
-        cuda_host.launches.clear()
+        driver.launches.clear()
         for _ in range(3):
             gpu.accumulate(ours)
         gpu.step()
-        seen.append([*cuda_host.launches])
+        seen.append([*driver.launches])
     # the first gradients, the others, and the step
     assert seen[0] == [*["copy", "set_hyper", "dense"] * 2, "dense", "copy", "set_hyper", "dense"]
     assert seen[1] == seen[2] == ["dense"] * 4
@@ -318,13 +324,13 @@ def test_gradients_that_are_missing_add_up():
 def test_sums_that_overflow(first):
     """An infinite sum stays one, and the memory of one does no harm to the next."""
     weight = np.zeros(2, "f4")
-    gpu, cpu = numba_opt.Trainer([cuda_host.on_gpu(weight)], "nag"), numba_opt.Trainer([weight], "nag")
+    gpu, cpu = numba_opt.Trainer([arrays.on_gpu(weight)], "nag"), numba_opt.Trainer([weight], "nag")
     for numbers in ([first, first, 1], [-0.0, 2, 3]):
         for number in numbers:
             grad = np.array([number, 1], "f4")
-            gpu.accumulate([cuda_host.on_gpu(grad)])
+            gpu.accumulate([arrays.on_gpu(grad)])
             cpu.accumulate([grad])
-            table.assert_bits(cuda_host.on_cpu(gpu._sums), cpu._sums)
+            table.assert_bits(arrays.on_cpu(gpu._sums), cpu._sums)
         gpu.step()
         cpu.step()
     agree(gpu, cpu)
@@ -347,17 +353,17 @@ def test_accumulated_gradients_are_saved(tmp_path):
     trainer = numba_opt.Trainer([np.zeros((9, 6), "f4")], "nag")
     trainer.accumulate([numba_opt.RowSparse([1], np.ones((1, 6), "f4"), (9, 6))])
     with pytest.raises(numba_opt.checkpoint.CheckpointError, match="is sparse; on a GPU, dense ones add up"):
-        numba_opt.Trainer([cuda_host.on_gpu(np.zeros((9, 6), "f4"))], "nag").load_state_dict(
+        numba_opt.Trainer([arrays.on_gpu(np.zeros((9, 6), "f4"))], "nag").load_state_dict(
             trainer.state_dict()
         )
 
 
 def test_a_refused_step_keeps_what_was_accumulated():
     rates = {1: -1.0}
-    weight = cuda_host.on_gpu(np.zeros(3, "f4"))
+    weight = arrays.on_gpu(np.zeros(3, "f4"))
     options = {"learning_rate": None, "lr_scheduler": lambda n: rates.get(n, 1.0)}
     trainer = numba_opt.Trainer([weight], "nag", momentum=0, **options)
-    grad = cuda_host.on_gpu(np.ones(3, "f4"))
+    grad = arrays.on_gpu(np.ones(3, "f4"))
     trainer.accumulate([grad])
     for batch_size in (-1, 1):
         with pytest.raises(ValueError, match="finite number"):
@@ -373,34 +379,34 @@ def test_a_refused_step_keeps_what_was_accumulated():
     [
         (TypeError, "gradient of parameter '1' is a numpy.ndarray.*expected a CUDA array", lambda g: g.array),
         (ValueError, r"gradient of parameter '1' has shape \(2,\); expected \(8, 16\)",
-         lambda g: cuda_host.on_gpu(np.ones(2, "f4"))),
+         lambda g: arrays.on_gpu(np.ones(2, "f4"))),
         (TypeError, "gradient of parameter '1' is float64; expected float32",
-         lambda g: cuda_host.on_gpu(g.array.astype("f8"))),
+         lambda g: arrays.on_gpu(g.array.astype("f8"))),
         (ValueError, "gradient of parameter '1' is on CUDA device 1; expected device 0",
          lambda g: elsewhere(g)),
         (TypeError, "gradient of parameter '1' is sparse; on a GPU, accumulate takes dense ones",
-         lambda g: numba_opt.RowSparse(cuda_host.on_gpu(np.zeros(1, "i8")),
-                                       cuda_host.on_gpu(np.zeros((1, 16), "f4")), (8, 16))),
+         lambda g: numba_opt.RowSparse(arrays.on_gpu(np.zeros(1, "i8")),
+                                       arrays.on_gpu(np.zeros((1, 16), "f4")), (8, 16))),
     ],
 )  # fmt: skip
-def test_gradients_that_cannot_be_added(error, message, change):
+def test_gradients_that_cannot_be_added(driver, error, message, change):
     row = table.row("nag")
     gpu, _, ours, _ = twins(row, table.make(row, SHAPES))
     bad = [ours[0], change(ours[1]), ours[2]]
     for _ in range(2):  # without anything accumulated, and with
         before = [total.array.copy() for total in gpu._sums or ()]
-        cuda_host.launches.clear()
+        driver.launches.clear()
         for call in (gpu.accumulate, gpu.step):
             if call == gpu.accumulate or before:
                 with pytest.raises(error, match=message):
                     call(bad)
-        assert not cuda_host.launches
+        assert not driver.launches
         assert len(gpu._sums or ()) == len(before)
-        table.assert_bits(cuda_host.on_cpu(gpu._sums or []), before)
+        table.assert_bits(arrays.on_cpu(gpu._sums or []), before)
         gpu.accumulate(ours)
 
 
-def test_sums_are_not_captured(monkeypatch):
+def test_sums_are_not_captured(driver):
     row = table.row("nag")
     gpu, _, ours, _ = twins(row, table.make(row, SHAPES))
     for _ in range(2):
@@ -409,35 +415,36 @@ def test_sums_are_not_captured(monkeypatch):
     for _ in range(2):
         gpu.accumulate(ours)
     before = [total.array.copy() for total in gpu._sums]
-    monkeypatch.setattr(cuda_host.Device, "in_capture", True)
     for call in (gpu.accumulate, gpu.step):
-        with pytest.raises(RuntimeError, match="only a step of a Trainer can be captured"):
+        with (
+            driver.capture(0),
+            pytest.raises(RuntimeError, match="only a step of a Trainer can be captured"),
+        ):
             call(ours)
-    table.assert_bits(cuda_host.on_cpu(gpu._sums), before)
+    table.assert_bits(arrays.on_cpu(gpu._sums), before)
 
 
 # ---------------------------------------------------------------- errors
 
 
-def refused(row, call, error, message, change):
+def refused(driver, row, call, error, message, change):
     """A step with something wrong in it raises, and launches and changes nothing."""
-    weights, grads, states = (cuda_host.on_gpu(part) for part in call[1:])
+    weights, grads, states = (arrays.on_gpu(part) for part in call[1:])
     weights, grads, states = change(weights, grads, states)
-    cuda_host.launches.clear()
+    driver.launches.clear()
     optimizer = table.build(row)
     with pytest.raises(error, match=message):
         optimizer.fused_step(call.indices, weights, grads, states)
-    assert not cuda_host.launches
+    assert not driver.launches
     assert optimizer.num_update == 0
 
 
 def elsewhere(array, number=1):
-    return cuda_host.HostArray(cuda_host.whole(array.array), number)
+    return arrays.DeviceArray(array.array, number)
 
 
 def part_of(array):
-    wide = cuda_host.HostArray(np.zeros((5, 14), np.float32))
-    return cuda_host.HostArray(wide.array[:, ::2])
+    return arrays.DeviceArray.part(arrays.DeviceArray(np.zeros((5, 14), np.float32)), np.s_[:, ::2])
 
 
 @pytest.mark.parametrize(
@@ -452,13 +459,13 @@ def part_of(array):
         (ValueError, r"gradient of parameter 0 has shape \(8, 16\); expected \(5, 7\)",
          lambda w, g, s: (w, [g[1], g[1]], s)),
         (TypeError, "gradient of parameter 0 is float64; expected float32",
-         lambda w, g, s: (w, [cuda_host.on_gpu(g[0].array.astype("f8")), g[1]], s)),
+         lambda w, g, s: (w, [arrays.on_gpu(g[0].array.astype("f8")), g[1]], s)),
         (TypeError, "gradient of parameter 0 is int32",
-         lambda w, g, s: (w, [cuda_host.on_gpu(g[0].array.astype("i4")), g[1]], s)),
+         lambda w, g, s: (w, [arrays.on_gpu(g[0].array.astype("i4")), g[1]], s)),
         (ValueError, "gradient of parameter 0 has strides .*; expected a contiguous CUDA array",
          lambda w, g, s: (w, [part_of(g[0]), g[1]], s)),
         (ValueError, "weight of parameter 0 is read-only",
-         lambda w, g, s: ([cuda_host.HostArray(w[0].array, read_only=True), w[1]], g, s)),
+         lambda w, g, s: ([arrays.DeviceArray(w[0].array, read_only=True), w[1]], g, s)),
         (ValueError, "weight of parameter 0 shares memory with gradient of parameter 0",
          lambda w, g, s: (w, [w[0], g[1]], s)),
         (ValueError, "state 'mean' of parameter 1 shares memory with state 'mean' of parameter 0|has shape",
@@ -467,15 +474,15 @@ def part_of(array):
          lambda w, g, s: ([w[0], w[1].array], g, s)),
     ],
 )  # fmt: skip
-def test_bad_arrays(error, message, change):
+def test_bad_arrays(driver, error, message, change):
     row = table.row("adamax")
-    refused(row, table.make(row, [(5, 7), (8, 16)]), error, message, change)
+    refused(driver, row, table.make(row, [(5, 7), (8, 16)]), error, message, change)
 
 
 def test_other_refusals():
     row = table.row("nag")
     call = table.make(row, [(4, 3)])
-    weights, grads = cuda_host.on_gpu(call.weights), cuda_host.on_gpu(call.grads)
+    weights, grads = arrays.on_gpu(call.weights), arrays.on_gpu(call.grads)
     with pytest.raises(TypeError, match="gradient of parameter 0 is on a GPU"):
         table.build(row).fused_step([0], call.weights, grads, call.states)
     with pytest.raises(ValueError, match="params are on the CPU and on GPUs"):
@@ -490,33 +497,29 @@ def test_two_devices():
     row = table.row("nag")
     call = table.make(row, [3, 40, 5])
     cpu = numba_opt.Trainer(call.weights, table.build(row))
-    own = [cuda_host.HostArray(cuda_host.whole(w), k % 2) for k, w in enumerate(call.weights)]
+    own = [arrays.DeviceArray(w, k % 2) for k, w in enumerate(call.weights)]
     gpu = numba_opt.Trainer(own, table.build(row))
-    grads = [cuda_host.HostArray(cuda_host.whole(g), k % 2) for k, g in enumerate(call.grads)]
+    grads = [arrays.DeviceArray(g, k % 2) for k, g in enumerate(call.grads)]
     for _ in range(2):
         gpu.step(grads)
         cpu.step(call.grads)
     agree(gpu, cpu)
 
 
-def test_streams():
+def test_streams(driver):
     import numba_opt.cuda
 
-    seen = []
     row = table.row("nag")
     gpu, _, ours, _ = twins(row, table.make(row, [3]))
-    call = cuda_host.Launch.__call__
-
-    def record(launch, stream):
-        seen.append(stream)
-        call(launch, stream)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_host.Launch, "__call__", record)
-        with numba_opt.cuda.on(7):
-            gpu.step(ours)
+    stream = driver.stream()
+    driver.launches.clear()
+    driver.streams_used.clear()
+    with numba_opt.cuda.on(stream):
         gpu.step(ours)
-    assert seen == [7, 7, 0]
+    gpu.step(ours)
+    assert driver.launches == ["copy", "set_hyper", "dense", "dense"]
+    assert driver.streams_used == [stream] * 3 + [0]
+    assert driver.waits == [(0, stream)]
     with (
         pytest.raises(TypeError, match="stream must be a CUDA stream or its address"),
         numba_opt.cuda.on("a"),
@@ -524,12 +527,12 @@ def test_streams():
         pass
 
 
-def test_fresh_tensors_of_torch(monkeypatch):
+def test_fresh_tensors_of_torch(driver, monkeypatch):
     """New gradients like the last ones go into the table that is there, once their memory is checked."""
     import sys
     from types import ModuleType
 
-    class Tensor(cuda_host.HostArray):
+    class Tensor(arrays.DeviceArray):
         """What is asked of a PyTorch tensor on a GPU."""
 
         layout, is_cuda, device = "torch.strided", True, type("device", (), {"index": 0})
@@ -539,7 +542,7 @@ def test_fresh_tensors_of_torch(monkeypatch):
             self.dtype = f"torch.{array.dtype}"
 
         def data_ptr(self):
-            return self.array.ctypes.data
+            return self.address
 
         def stride(self):
             return tuple(stride // self.array.itemsize for stride in self.array.strides)
@@ -553,25 +556,25 @@ def test_fresh_tensors_of_torch(monkeypatch):
     torch = ModuleType("torch")
     torch.Tensor, torch.strided = Tensor, Tensor.layout
     torch.cuda = type("cuda", (), {"current_stream": staticmethod(lambda number: Stream)})
-    torch.zeros = lambda shape, dtype, device: Tensor(cuda_host.whole(np.zeros(shape, str(dtype)[6:])))
+    torch.zeros = lambda shape, dtype, device: Tensor(np.zeros(shape, str(dtype)[6:]))
     monkeypatch.setitem(sys.modules, "torch", torch)
     row = table.row("nag")
     call = table.make(row, [3, 40])
     looks = []
     look = numba_opt.cuda.look
     monkeypatch.setattr(numba_opt.cuda, "look", lambda *args: looks.append(1) or look(*args))
-    gpu = numba_opt.Trainer([Tensor(cuda_host.whole(w)) for w in call.weights], table.build(row))
+    gpu = numba_opt.Trainer([Tensor(w) for w in call.weights], table.build(row))
     cpu = numba_opt.Trainer(call.weights, table.build(row))
-    kept = []  # freed memory would be given to the next gradients
+    kept = []  # so that each one is elsewhere
     for scale in (1, 2, 3):
         fresh = [np.float32(scale) * grad for grad in call.grads]
-        kept.append([Tensor(cuda_host.whole(grad)) for grad in fresh])
+        kept.append([Tensor(grad) for grad in fresh])
         looks.clear()
-        cuda_host.launches.clear()
+        driver.launches.clear()
         gpu.step(kept[-1])
         cpu.step(fresh)
         assert bool(looks) == (scale == 1)
-        assert cuda_host.launches[-2:] == ["copy", "dense"] or scale == 1
+        assert driver.launches[-2:] == ["copy", "dense"] or scale == 1
     agree(gpu, cpu)
     with pytest.raises(ValueError, match="shares memory with gradient"):
         gpu.step([gpu.params["0"], kept[0][1]])
@@ -579,8 +582,8 @@ def test_fresh_tensors_of_torch(monkeypatch):
     gpu.step(kept[1])
     cpu.step([np.float32(2) * grad for grad in call.grads])
     agree(gpu, cpu)
-    cuda_host.launches.clear()
-    gpu.step([Tensor(tensor.array) for tensor in kept[1]])  # other tensors in the same memory
+    driver.launches.clear()
+    gpu.step([Tensor.part(tensor, np.s_[:]) for tensor in kept[1]])  # other tensors in the same memory
     cpu.step([np.float32(2) * grad for grad in call.grads])
     agree(gpu, cpu)
-    assert cuda_host.launches == ["dense"]
+    assert driver.launches == ["dense"]
