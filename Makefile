@@ -12,7 +12,7 @@ test: $(VENV)/test.stamp lint types
 
 # For use while working: the heart of the suite, within two minutes on two processors.
 check: $(VENV)/test.stamp lint types
-	$(PYTEST) $(addprefix tests/test_,$(addsuffix .py,table golden bad_input kernels machine_code))
+	$(PYTEST) -m "not large and not elsewhere" $(addprefix tests/test_,$(addsuffix .py,table golden bad_input kernels machine_code))
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ ROOT = Path(__file__).parent
 KEPT = 3  # states of the kernels' sources whose compiled kernels are kept
 MOST = 8  # processes of `-n auto`: each takes up to 1 GB
 
-# No examples are looked for in these modules, which need numba-cuda and have none.
+# Modules in which no examples are looked for: they have none, or what they import is not here.
+NEEDED = {"numba_opt/torch*": ["torch"], "numba_opt/demo/*": ["matplotlib", "sklearn", "tqdm"]}
 collect_ignore_glob = ["numba_opt/kernels/cuda*.py"]
+collect_ignore_glob += [modules for modules, names in NEEDED.items() if None in map(find_spec, names)]
 
 
 def own_folder() -> Path:

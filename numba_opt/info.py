@@ -25,7 +25,7 @@ __all__ = ["cache_usage", "clear_cache", "collect", "text"]
 # Those that make a difference to the kernels, as LLVM calls them.
 FEATURES = ("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "neon", "sve", "sve2")
 
-OPTIONAL = ("torch", "numba-cuda", "ml_dtypes", "safetensors", "tqdm", "matplotlib", "scikit-learn")
+OPTIONAL = ("torch", "numba-cuda", "ml_dtypes", "tqdm", "matplotlib", "scikit-learn")
 
 
 def collect() -> dict[str, Any]:

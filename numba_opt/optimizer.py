@@ -97,7 +97,9 @@ class Optimizer:
     rule : callable
         ``rule(weight, grad, *states, *hyper) -> (weight, *states)``, on scalars or on whole arrays, with
         the functions of `numba_opt.kernels.scalar`. Where `per_row` is set it gets the mean square of the
-        gradient's row after the states.
+        gradient's row after the states. A plain function, without stars or defaults. Globals, closures and
+        helpers that it uses are compiled in: numbers that change belong into `hyper`, and to rebind one of
+        the others after the first use is an error.
     state_names : tuple of str
         The rule's states, in the order of its arguments. They begin at zero.
     per_row : bool

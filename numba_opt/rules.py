@@ -104,13 +104,13 @@ class Checked:
         takes = f"{name_of(self.function, self.owner)} takes {n} coefficient{'s' * (n != 1)}"
         takes += f" ({', '.join(names[len(names) - n :])})"
         if not isinstance(given, tuple):
-            raise TypeError(f"{takes}; hyper must return a tuple of them, got {given!r}")
+            raise TypeError(f"{takes}; hyper must return a tuple of them, got {_shown(given)}")
         if len(given) != n:
-            raise TypeError(f"{takes}; hyper returned {len(given)}: {given!r}")
+            raise TypeError(f"{takes}; hyper returned {len(given)}: {_shown(given)}")
         for value in given:
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 kind = type(value).__name__
-                raise TypeError(f"{takes}; hyper must return numbers, got {value!r} of type {kind}")
+                raise TypeError(f"{takes}; hyper must return numbers, got {_shown(value)} of type {kind}")
         return tuple(map(float, given))  # an int may be too large for that, and says so
 
 
@@ -257,14 +257,14 @@ def _plain_function(given: Any, what: str) -> Any:
 def _check_states(states: Any, per_row: Any, what: str) -> None:
     if not isinstance(states, tuple):
         hint = f"; did you mean ({states!r},)?" if isinstance(states, str) else ""
-        raise TypeError(f"{what}: state_names must be a tuple of str, got {states!r}{hint}")
+        raise TypeError(f"{what}: state_names must be a tuple of str, got {_shown(states)}{hint}")
     for name in states:
         if not (isinstance(name, str) and name.isidentifier()) or keyword.iskeyword(name):
-            raise TypeError(f"{what}: state_names must be names, got {name!r} in {states!r}")
+            raise TypeError(f"{what}: state_names must be names, got {_shown(name)} in {_shown(states)}")
     if len(set(states)) < len(states):
-        raise TypeError(f"{what}: state_names must be all different, got {states!r}")
+        raise TypeError(f"{what}: state_names must be all different, got {_shown(states)}")
     if not isinstance(per_row, bool):
-        raise TypeError(f"{what}: per_row must be True or False, got {per_row!r}")
+        raise TypeError(f"{what}: per_row must be True or False, got {_shown(per_row)}")
 
 
 def _check_arguments(rule: Rule, states: Sequence[str], what: str) -> None:
@@ -342,6 +342,11 @@ def _compiled_results(function: Any) -> int:
         if not isinstance(kind, (numba_types.Integer, numba_types.Float, numba_types.Boolean)):
             raise WrongResultError(f"must return numbers; result {k} is {kind}")
     return len(found)
+
+
+def _shown(value: Any) -> str:
+    """A value in one line."""
+    return " ".join(repr(value).split())[:200]
 
 
 def _line(error: Exception) -> str:

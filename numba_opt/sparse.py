@@ -159,6 +159,7 @@ class Parts(NamedTuple):
     rows: np.ndarray  # the touched ones, once each, in order
     starts: np.ndarray | None  # of each touched row's parts among the places, and the end
     places: np.ndarray | None  # of the parts: rows of the block, or columns
+    given: np.ndarray | None = None  # the caller's own row numbers, where they lie in one piece
 
     @property
     def lines(self) -> int:
@@ -167,8 +168,8 @@ class Parts(NamedTuple):
         return len(self.places) if grouped else len(self.rows)  # type: ignore[arg-type]
 
     def arrays(self) -> list[np.ndarray]:
-        """All arrays whose addresses a kernel gets."""
-        return [a for a in (self.data, self.rows, self.starts, self.places) if a is not None]
+        """All arrays that nothing may be written to: those that a kernel reads, and the caller's."""
+        return [a for a in (self.data, self.rows, self.starts, self.places, self.given) if a is not None]
 
     def summed(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The touched rows and, for each of them, the sum of its parts in the weight's precision."""
@@ -314,6 +315,7 @@ def _block_parts(grad: RowSparse, what: str) -> Parts:
 
 def by_row(values: np.ndarray, code: str, numbers: np.ndarray, height: int, what: str) -> Parts:
     """A block of rows, stored as `code` says, and the numbers of the rows they belong to."""
+    given = numbers if numbers.flags.c_contiguous else None
     numbers = np.array(numbers)  # what is looked at is what is used, whoever changes the caller's meanwhile
     if len(numbers) != len(values):
         raise ValueError(f"rows of {what} have length {len(numbers)}; expected {len(values)}, as the values")
@@ -321,11 +323,11 @@ def by_row(values: np.ndarray, code: str, numbers: np.ndarray, height: int, what
     form = f"block {code}"
     order = merge.look(rows, height)
     if order == merge.GOOD:
-        return Parts(form, values, rows, None, None)
+        return Parts(form, values, rows, None, None, given)
     if order == merge.BAD:
         check_numbers(numbers, f"rows of {what}", height)
     touched, starts, order = merge.group(rows, height)
-    return Parts(form, values, touched, starts, order)
+    return Parts(form, values, touched, starts, order, given)
 
 
 def _csr_parts(matrix: Any, what: str) -> Parts:

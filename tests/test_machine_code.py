@@ -135,22 +135,22 @@ def check_conversions(processor, line):
         assert re.findall(r"\tvcvtph2psx?\t.*[xyz]mm", asm)  # instructions, whatever they are called
 
 
-others = pytest.mark.parametrize(
+@X86
+@pytest.mark.elsewhere
+@pytest.mark.parametrize(
     ("processor", "line"),
     [(name, line) for name, has in PROCESSORS.items() if has is not None for line in (FEW if has else OLD)],
 )
-
-
-@X86
-@others
 def test_other_processors(processor, line):
     check_conversions(processor, line)
     packed = re.findall(r"\tv?mulps\t.*%([xyz])mm", code(processor, line)[0])
     assert set(packed) & set("yz" if PROCESSORS[processor] else "x")  # as wide as the processor
 
 
-@X86
-@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize(
+    "processor",
+    ["here", *(pytest.param(name, marks=[pytest.mark.elsewhere, X86]) for name in list(PROCESSORS)[1:])],
+)
 def test_addresses_are_not_compared_before_each_block(processor):
     """A tensor's arrays share no memory, and the compiler knows."""
     _, llvm = code(processor, single(table.row("ftml")))

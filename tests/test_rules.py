@@ -177,6 +177,7 @@ WRONG = {
     "a list of coefficients": ({"hyper": lambda self, lr, t: [lr, 0.5]}, "must return a tuple"),
     "text for a coefficient": ({"hyper": lambda self, lr, t: (lr, "0.5")}, "got '0.5' of type str"),
     "array for a coefficient": ({"hyper": lambda self, lr, t: (lr, np.ones(1))}, "of type ndarray"),
+    "a large array": ({"hyper": lambda self, lr, t: np.ones((60, 60))}, "must return a tuple", "array([["),
     "None for coefficients": ({"hyper": lambda self, lr, t: None}, "must return a tuple"),
     "no hyper": ({"hyper": numba_opt.Optimizer.hyper}, "has no coefficients: define hyper(self, lr, t)"),
 }

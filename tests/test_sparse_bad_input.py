@@ -398,17 +398,18 @@ def test_arrays_changed_after_the_gradient_was_made(mode, fused):
 @each_fused
 @pytest.mark.parametrize("mode", ["lazy", "exact"])
 @pytest.mark.parametrize("what", ["weight", "state", "another weight", "another state"])
-@pytest.mark.parametrize("part", ["values", "values twice", "data", "full data", "columns"])
+@pytest.mark.parametrize("part", ["values", "values twice", "rows", "data", "full data", "columns"])
 def test_parts_that_share_memory_with_what_is_written(part, what, mode, fused):
     optimizer, weights, states = prepared(mode, fused)
     state = [s[0] if mode == "exact" else s for s in states]
     array = {"weight": weights[1], "state": state[1], "another weight": weights[0]}.get(what, state[0])
     numbers = array.view(np.int64).ravel()
-    if part == "columns":
+    if part in ("rows", "columns"):
         numbers[:6] = [0, 1, 2, 2, 1, 0]
     grad = {
         "values": lambda: RowSparse([1, 2], array[:2], SHAPE),
         "values twice": lambda: RowSparse([1, 1], array[1:3], SHAPE),
+        "rows": lambda: RowSparse(numbers[:3], np.ones((3, 3)), SHAPE),
         "data": lambda: csr(data=array.ravel()[:6]),
         "full data": lambda: full(data=lambda _: array.ravel()),
         "columns": lambda: csr(indices=numbers[:6], indptr=np.array([0, 2, 4, 4, 6])),

@@ -66,9 +66,9 @@ def _from_disk(kernel: Any, capability: tuple[int, int]) -> Program:
 
 
 def _path(kernel: Any, capability: tuple[int, int]) -> Path:
-    from numba_opt.kernels import cache as product
+    from numba_opt.kernels.fingerprint import fingerprint
 
-    key = [product.fingerprint(part) if callable(part) else part for part in kernel.key]
+    key = [fingerprint(part) if callable(part) else part for part in kernel.key]
     name = _digest(repr((key, capability)).encode())
     return _folder() / f"{kernel.key[0]}-{capability[0]}{capability[1]}-{name}.ptx"
 
@@ -76,10 +76,10 @@ def _path(kernel: Any, capability: tuple[int, int]) -> Path:
 @cache
 def _folder() -> Path:
     """Where kernels of the package's sources as they are go; those of the oldest states are thrown away."""
-    from numba_opt.kernels import cache as product
     from numba_opt.kernels import cuda_code
+    from numba_opt.kernels.fingerprint import SOURCES
 
-    folder = FOLDER / _digest(product.SOURCES + repr((cuda_code._versions(), sys.version)).encode())
+    folder = FOLDER / _digest(SOURCES + repr((cuda_code._versions(), sys.version)).encode())
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # another process may do the same
         os.utime(folder)
