@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from . import checkpoint, contrib, lr_scheduler
-from .adamax import Adamax
-from .contrib import GroupAdaGrad
-from .ftml import FTML
-from .nag import NAG
 from .optimizer import Optimizer, create, register
-from .rmsprop import RMSProp
+from .optimizers import FTML, NAG, Adamax, GroupAdaGrad, RMSProp
 from .sparse import RowSparse
 from .trainer import Trainer
 from .updater import Updater, get_updater

@@ -18,7 +18,6 @@ import numpy as np
 
 from .kernels import threads
 from .optimizer import Optimizer
-from .warmup import VARIANTS
 
 __all__ = ["collect", "plot", "text"]
 
@@ -170,7 +169,7 @@ def _optimizers() -> dict[str, Optimizer]:
     """Every variant of everything that is registered and can be made without arguments."""
     found = {}
     for cls in Optimizer.opt_registry.values():
-        for options in VARIANTS.get(cls, ({},)):
+        for options in cls.variants:
             with contextlib.suppress(TypeError):
                 given = ", ".join(f"{name}={value}" for name, value in options.items())
                 found[f"{cls.__name__}({given})" if given else cls.__name__] = cls(**options)

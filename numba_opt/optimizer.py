@@ -17,6 +17,7 @@ import numpy as np
 from . import arguments, cuda, cuda_arrays, cuda_history, device, execution, rules, sparse
 from .kernels import ndarray, rounding, threads
 from .lr_scheduler import LRScheduler
+from .torch_form import TorchForm
 
 __all__ = ["Optimizer", "create", "register"]
 
@@ -103,6 +104,10 @@ class Optimizer:
         The rule's states, in the order of its arguments. They begin at zero.
     per_row : bool
         Weights are matrices and states hold one number for each row.
+    variants : tuple of dict
+        Options with which the class has each of its rules: what there is to warm up.
+    torch_form : type, optional
+        A `numba_opt.torch_form.TorchForm`: the class of this optimizer in `numba_opt.torch`.
     num_update : int
         The largest number of updates that any parameter has had.
 
@@ -134,6 +139,8 @@ class Optimizer:
     rule: Callable[..., Any] | None = None
     state_names: tuple[str, ...] = ()
     per_row: bool = False
+    torch_form: ClassVar[type[TorchForm] | None] = None
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     _checked: rules.Checked | None = None
 

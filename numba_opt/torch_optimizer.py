@@ -7,6 +7,7 @@ at when they are first seen, and bound (`numba_opt.torch_binding`).
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import chain, repeat
@@ -19,6 +20,7 @@ from torch import Tensor
 from . import arguments, execution, optimizer
 from .torch_binding import Batch, Binding, Formula, Kind, Member
 from .torch_cuda import CudaBatch, stream_for
+from .torch_form import TorchForm, number
 from .torch_tensors import check_gradient, check_parameter, is_counter
 from .turn import Turn
 
@@ -41,14 +43,17 @@ ADDED_LATER = ("momentum_buffer", "mom")  # states that a parameter may lack: mo
 class Optimizer(torch.optim.Optimizer):
     """What all optimizers share: their options, and one step for all parameter groups.
 
-    `formula` is "torch" or "mxnet"; `given` holds options by name, where None means the default.
+    `formula` is "torch" or "mxnet"; options that are None have their default.
     """
 
     own: ClassVar[type[optimizer.Optimizer]]  # whose formula ``formula="mxnet"`` is
-    torch_options: ClassVar[dict[str, Any]]  # names and defaults of the options of ``formula="torch"``
-    counted: ClassVar[bool] = True  # whether updates are counted, as ``step`` in a parameter's state
+    form: ClassVar[type[TorchForm]]  # what ``formula="torch"`` is
+    signature: ClassVar[inspect.Signature]
 
-    def __init__(self, params: Any, formula: str, given: Options) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = self.signature.bind(*args, **kwargs).arguments
+        params, formula = given.pop("params"), given.pop("formula", "torch")
+        given.update(given.pop("options", {}))
         self._turn = Turn()
         self._forget()
         defaults = self._defaults(arguments.choice("formula", formula, ("torch", "mxnet")))
@@ -72,7 +77,7 @@ class Optimizer(torch.optim.Optimizer):
     def _defaults(cls, formula: str) -> dict[str, Any]:
         """The names and defaults of a formula's options."""
         if formula == "torch":
-            return cls.torch_options
+            return cls.form.options
         known = arguments.parameters(cls.own)
         shared = {*arguments.parameters(optimizer.Optimizer)} - {"wd", "rescale_grad", "clip_gradient"}
         own = {name: value for name, value in known.items() if name not in shared}
@@ -86,7 +91,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _torch(self, group: Options) -> Formula:
         """torch's formula, or under torch's names this package's where torch has none."""
-        raise NotImplementedError
+        variant = self.form.variant(group)
+        if variant is None:
+            return self._as_own(group, **self.form.own_options(group))
+        # maximising is a matter of the gradient's sign
+        first = (-1.0 if group["maximize"] else 1.0, math.inf, number(group, "weight_decay"))
+
+        def row(lr: float, t: int) -> tuple[float, ...]:
+            return (*first, *variant.hyper(lr, t))
+
+        rule = execution.Rule(variant.rule, len(variant.states), False)
+        return Formula(Kind(rule, variant.states, self.form.counted), row)
 
     def _mxnet(self, group: Options) -> Formula:
         """This package's own formula."""
@@ -101,22 +116,7 @@ class Optimizer(torch.optim.Optimizer):
         def row(lr: float, t: int) -> tuple[float, ...]:
             return own._hyper_row(rescale, lr, own.wd, t)
 
-        return Formula(Kind(own._rule(), own.state_names, self.counted), row)
-
-    def _made_of(
-        self,
-        group: Options,
-        rule: Callable[..., Any],
-        states: tuple[str, ...],
-        hyper: Callable[[float, int], tuple[float, ...]],
-    ) -> Formula:
-        """The formula of a rule of torch's: maximising is a matter of the gradient's sign."""
-        first = (-1.0 if group["maximize"] else 1.0, math.inf, number_of(group, "weight_decay"))
-
-        def row(lr: float, t: int) -> tuple[float, ...]:
-            return (*first, *hyper(lr, t))
-
-        return Formula(Kind(execution.Rule(rule, len(states), False), states, self.counted), row)
+        return Formula(Kind(own._rule(), own.state_names, self.form.counted), row)
 
     def _formula_of(self, group: Options, expected: str) -> Formula:
         """The formula that a group's options ask for; all of them are checked."""
@@ -303,11 +303,6 @@ def _renamed(options: Options, formula: str) -> dict[str, Any]:
     return options
 
 
-def number_of(group: Options, name: str, below: float = math.inf) -> float:
-    """An option as a number of at least 0."""
-    return arguments.number(name, group[name], below=below)
-
-
 def _rate(group: Options) -> float:
     """The learning rate; it may be a tensor that holds it."""
     lr = group["lr"]
@@ -316,3 +311,37 @@ def _rate(group: Options) -> float:
     if lr.numel() != 1:
         raise ValueError(f"lr must hold one number, got a tensor of shape {tuple(lr.shape)}")
     return arguments.number("lr", lr.item())
+
+
+@functools.cache
+def class_of(own: type[optimizer.Optimizer]) -> type[Optimizer]:
+    """The torch class of an optimizer: made of its torch form."""
+    form = own.torch_form
+    if form is None:
+        raise TypeError(f"{own.__name__} has no torch_form")
+    kinds = inspect.Parameter
+    options = [
+        kinds(
+            name,
+            kinds.KEYWORD_ONLY if name in form.keywords else kinds.POSITIONAL_OR_KEYWORD,
+            default=default,
+        )
+        for name, default in sorted(form.options.items(), key=lambda option: option[0] in form.keywords)
+    ]
+    signature = inspect.Signature(
+        [
+            kinds("params", kinds.POSITIONAL_OR_KEYWORD),
+            *options,
+            kinds("formula", kinds.KEYWORD_ONLY, default="torch"),
+            kinds("options", kinds.VAR_KEYWORD),
+        ]
+    )
+    content = {
+        "__doc__": form.documentation,
+        "__module__": f"{__package__}.torch",
+        "__signature__": signature,
+        "own": own,
+        "form": form,
+        "signature": signature,
+    }
+    return type(own.__name__, (Optimizer,), content)

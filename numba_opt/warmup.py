@@ -27,33 +27,11 @@ import numba
 import numpy as np
 from numba.core import event
 
-from . import adamax, cuda_arrays, device, execution, nag, rmsprop, rules
-from .adamax import Adamax
-from .ftml import FTML
+from . import cuda_arrays, device, execution, rules
 from .kernels import cache, cpu, interrupts, merge, ndarray, private, threads
-from .nag import NAG
 from .optimizer import Optimizer, create
-from .rmsprop import RMSProp
 
 __all__ = ["Summary", "warmup"]
-
-# The variants of optimizers that have more than one rule.
-VARIANTS: dict[type[Optimizer], tuple[dict[str, Any], ...]] = {
-    NAG: ({}, {"momentum": 0}),
-    RMSProp: ({}, {"centered": True}),
-    FTML: ({}, {"reduced": True}),
-}
-
-# The rules that `numba_opt.torch` has beside them, where torch's formulas are others.
-TORCH_RULES: dict[type[Optimizer], tuple[execution.Rule, ...]] = {
-    NAG: (execution.Rule(nag.torch_nag, 1, False),),
-    RMSProp: (
-        execution.Rule(rmsprop.momentum_rmsprop, 2, False),
-        execution.Rule(rmsprop.deviation_rmsprop, 2, False),
-        execution.Rule(rmsprop.momentum_deviation_rmsprop, 3, False),
-    ),
-    Adamax: (execution.Rule(adamax.torch_adamax, 2, False),),
-}
 
 CODES = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": "b2"}
 HALF = ("f2", "b2")
@@ -211,9 +189,10 @@ def _given(given: Any) -> list[Variant]:
 
 
 def _variants(cls: type[Optimizer]) -> list[Variant]:
-    rules = TORCH_RULES.get(cls, ()) if find_spec("torch") is not None else ()
-    made = [Variant(cls(**options), (False, True)) for options in VARIANTS.get(cls, ({},))]
-    return [made[0]._replace(torch=rules), *made[1:]]
+    made = [Variant(cls(**options), (False, True)) for options in cls.variants]
+    form = cls.torch_form if find_spec("torch") is not None else None
+    torch = () if form is None else tuple(execution.Rule(rule, n, False) for rule, n in form.rules)
+    return [made[0]._replace(torch=torch), *made[1:]]
 
 
 def _codes(dtypes: Any) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from . import arguments
-from .kernels.scalar import absolute, maximum
-from .optimizer import Optimizer, register
+from .. import arguments
+from ..kernels.scalar import absolute, maximum
+from ..optimizer import Optimizer, register
+from ..torch_form import TorchForm, Variant, betas, number
 
 __all__ = ["Adamax"]
 
@@ -22,6 +24,75 @@ def torch_adamax(weight, grad, exp_avg, exp_inf, lr, rest1, beta2, eps):
     exp_avg = exp_avg + rest1 * (grad - exp_avg)
     exp_inf = maximum(beta2 * exp_inf, absolute(grad) + eps)
     return weight - lr * exp_avg / exp_inf, exp_avg, exp_inf
+
+
+class TorchAdamax(TorchForm):
+    documentation = """Adamax as `torch.optim.Adamax` has it.
+
+    ::
+
+        grad = ±grad + weight_decay * weight
+        exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+        exp_inf = maximum(beta2 * exp_inf, abs(grad) + eps)
+        weight -= lr / (1 - beta1**step) * exp_avg / exp_inf
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (str, Tensor) or of dict
+        Parameters, named ones, or groups with options of their own.
+    lr : float or Tensor, default 0.002
+    betas : tuple of two floats, default (0.9, 0.999)
+        Decays of the mean and of the largest magnitude, in [0, 1).
+    eps : float, default 1e-8
+    weight_decay : float, default 0
+    maximize : bool, default False
+    formula : {"torch", "mxnet"}, default "torch"
+        "mxnet" is the formula of `numba_opt.Adamax`, with that class's options and states.
+    **options
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `NAG`.
+
+    References
+    ----------
+    D. P. Kingma and J. Ba, "Adam: a method for stochastic optimization",
+    https://arxiv.org/abs/1412.6980, section 7.1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from numba_opt.torch import Adamax
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> optimizer = Adamax([weight], lr=0.1)
+    >>> (weight**2).sum().backward()
+    >>> optimizer.step()
+    >>> weight.data
+    tensor([0.9000, 1.9000])
+    """
+
+    options = {
+        "lr": 2e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "maximize": False,
+    }
+
+    rules = ((torch_adamax, 2),)
+
+    @classmethod
+    def variant(cls, group: Mapping[str, Any]) -> Variant:
+        beta1, beta2 = betas(group)
+        eps = number(group, "eps")
+
+        def hyper(lr: float, t: int) -> tuple[float, ...]:
+            return lr / (1 - beta1**t), 1 - beta1, beta2, eps
+
+        return Variant(torch_adamax, ("exp_avg", "exp_inf"), hyper)
 
 
 @register
@@ -70,6 +141,8 @@ class Adamax(Optimizer):
     >>> weight.round(4)
     array([0.9, 2.1])
     """
+
+    torch_form = TorchAdamax
 
     rule = staticmethod(adamax)
     state_names = ("mean", "var")

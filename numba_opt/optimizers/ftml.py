@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from . import arguments
-from .kernels.scalar import sqrt, where
-from .optimizer import Optimizer, register
+from .. import arguments
+from ..kernels.scalar import sqrt, where
+from ..optimizer import Optimizer, register
+from ..torch_form import TorchForm, betas, number
 
 __all__ = ["FTML"]
 
@@ -23,6 +25,62 @@ def reduced_ftml(weight, grad, v, rate, beta2, rest2, unbias2, epsilon):
     v = beta2 * v + rest2 * grad * grad
     moved = weight - rate * grad / (sqrt(v * unbias2) + epsilon)
     return where(rate > 0, moved, weight), v
+
+
+class TorchFTML(TorchForm):
+    documentation = """FTML, "follow the moving leader", which torch has not: the formula of `numba_opt.FTML`.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (str, Tensor) or of dict
+        Parameters, named ones, or groups with options of their own.
+    lr : float or Tensor, default 0.0025
+    betas : tuple of two floats, default (0.6, 0.999)
+        In [0, 1).
+    eps : float, default 1e-8
+    weight_decay : float, default 0
+    maximize : bool, default False
+    formula : {"torch", "mxnet"}, default "torch"
+        Whether options have torch's names or those of `numba_opt.FTML`. The formula is the same.
+    **options
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `NAG`.
+
+    References
+    ----------
+    S. Zheng and J. T. Kwok, "Follow the moving leader in deep learning", ICML 2017,
+    https://proceedings.mlr.press/v70/zheng17a.html.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from numba_opt.torch import FTML
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> optimizer = FTML([weight], lr=0.1)
+    >>> (weight**2).sum().backward()
+    >>> optimizer.step()
+    >>> weight.data
+    tensor([0.9000, 1.9000])
+    """
+
+    options = {
+        "lr": 0.0025,
+        "betas": (0.6, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "maximize": False,
+    }
+
+    @classmethod
+    def own_options(cls, group: Mapping[str, Any]) -> dict[str, float]:
+        beta1, beta2 = betas(group)
+        wd = number(group, "weight_decay")
+        return {"beta1": beta1, "beta2": beta2, "epsilon": number(group, "eps"), "wd": wd}
 
 
 @register
@@ -94,6 +152,9 @@ class FTML(Optimizer):
     >>> weight.round(4)
     array([0.9, 2.1])
     """
+
+    torch_form = TorchFTML
+    variants = ({}, {"reduced": True})
 
     def __init__(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
-from . import arguments
-from .kernels.scalar import clip, maximum, sqrt
-from .optimizer import Optimizer, register
+from .. import arguments
+from ..kernels.scalar import clip, maximum, sqrt
+from ..optimizer import Optimizer, register
+from ..torch_form import TorchForm, Variant, number
 
 __all__ = ["RMSProp"]
 
@@ -51,6 +53,98 @@ def momentum_deviation_rmsprop(
     deviation = sqrt(maximum(square_avg - grad_avg * grad_avg, 0))
     momentum_buffer = momentum * momentum_buffer + grad / (deviation + eps)
     return weight - lr * momentum_buffer, square_avg, momentum_buffer, grad_avg
+
+
+class TorchRMSProp(TorchForm):
+    documentation = """RMSProp as `torch.optim.RMSprop` has it.
+
+    ::
+
+        grad = ±grad + weight_decay * weight
+        square_avg = alpha * square_avg + (1 - alpha) * grad**2
+        weight -= lr * grad / (sqrt(square_avg) + eps)
+
+    With ``centered=True`` ``square_avg - grad_avg**2`` is under the root, where ::
+
+        grad_avg = alpha * grad_avg + (1 - alpha) * grad
+
+    and with momentum the weight changes by ``-lr * momentum_buffer``, where ::
+
+        momentum_buffer = momentum * momentum_buffer + grad / (sqrt(...) + eps)
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (str, Tensor) or of dict
+        Parameters, named ones, or groups with options of their own.
+    lr : float or Tensor, default 0.01
+    alpha : float, default 0.99
+        Decay of the running means.
+    eps : float, default 1e-8
+    weight_decay : float, default 0
+    momentum : float, default 0
+    centered : bool, default False
+        Divide by the standard deviation instead of the root mean square.
+    maximize : bool, default False
+    formula : {"torch", "mxnet"}, default "torch"
+        "mxnet" is the formula of `numba_opt.RMSProp`, with that class's options and states.
+    **options
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `NAG`.
+
+    Notes
+    -----
+    A variance that rounding made negative counts as 0; torch gets NaN.
+
+    References
+    ----------
+    T. Tieleman and G. Hinton, "Lecture 6.5 - RMSProp", 2012. Centered: A. Graves, "Generating sequences
+    with recurrent neural networks", https://arxiv.org/abs/1308.0850.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from numba_opt.torch import RMSProp
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> optimizer = RMSProp([weight], lr=0.01, alpha=0.75)
+    >>> (weight**2).sum().backward()
+    >>> optimizer.step()
+    >>> weight.data
+    tensor([0.9800, 1.9800])
+    """
+
+    options = {
+        "lr": 1e-2,
+        "alpha": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "momentum": 0.0,
+        "centered": False,
+        "maximize": False,
+    }
+    variants: ClassVar[dict[tuple[bool, bool], tuple[Callable[..., Any], tuple[str, ...]]]] = {
+        # (momentum, centered): the rule, its states
+        (False, False): (rmsprop, ("square_avg",)),
+        (True, False): (momentum_rmsprop, ("square_avg", "momentum_buffer")),
+        (False, True): (deviation_rmsprop, ("square_avg", "grad_avg")),
+        (True, True): (momentum_deviation_rmsprop, ("square_avg", "momentum_buffer", "grad_avg")),
+    }
+
+    rules = tuple((rule, len(states)) for rule, states in variants.values() if rule is not rmsprop)
+
+    @classmethod
+    def variant(cls, group: Mapping[str, Any]) -> Variant:
+        alpha, eps, momentum = (number(group, name) for name in ("alpha", "eps", "momentum"))
+        own: tuple[float, ...] = (alpha, 1 - alpha, eps)
+        if momentum:
+            own = (*own, momentum)
+        elif not group["centered"]:
+            own = (*own, math.inf)  # the bound of the weights in `numba_opt.RMSProp`
+        return Variant(*cls.variants[momentum > 0, bool(group["centered"])], lambda lr, t: (lr, *own))
 
 
 @register
@@ -111,6 +205,9 @@ class RMSProp(Optimizer):
     >>> weight.round(4)
     array([0.8, 2.2])
     """
+
+    torch_form = TorchRMSProp
+    variants = ({}, {"centered": True})
 
     def __init__(
         self,

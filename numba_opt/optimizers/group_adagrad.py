@@ -1,0 +1,144 @@
+"""Row-wise AdaGrad, which MXNet keeps in `mxnet.optimizer.contrib`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import arguments
+from ..kernels.scalar import sqrt
+from ..optimizer import Optimizer, register
+from ..torch_form import TorchForm, number
+
+__all__ = ["GroupAdaGrad"]
+
+
+def group_adagrad(weight, grad, history, mean_square, lr, epsilon):
+    history = history + mean_square
+    return weight - lr * grad / (sqrt(history) + epsilon), history
+
+
+class TorchGroupAdaGrad(TorchForm):
+    documentation = """AdaGrad with one learning rate for each row of a matrix: `numba_opt.GroupAdaGrad`.
+
+    ::
+
+        history += mean(grad**2, dim=1, keepdim=True)
+        weight -= lr * grad / (sqrt(history) + eps)
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (str, Tensor) or of dict
+        Matrices, named ones, or groups with options of their own.
+    lr : float or Tensor, default 0.01
+    eps : float, default 1e-6
+    maximize : bool, default False
+    formula : {"torch", "mxnet"}, default "torch"
+        Whether options have torch's names or those of `numba_opt.GroupAdaGrad`. The formula is the same.
+    **options
+        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+        ``fused`` are accepted and change nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `NAG`, or a parameter is not a matrix.
+
+    References
+    ----------
+    J. Duchi, E. Hazan and Y. Singer, "Adaptive subgradient methods for online learning and stochastic
+    optimization", JMLR 12, 2011, https://jmlr.org/papers/v12/duchi11a.html.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from numba_opt.torch import GroupAdaGrad
+    >>> table = torch.nn.Embedding(4, 2, sparse=True, _weight=torch.ones(4, 2))
+    >>> optimizer = GroupAdaGrad(table.parameters(), lr=0.1)
+    >>> table(torch.tensor([2, 0])).sum().backward()
+    >>> optimizer.step()
+    >>> table.weight.data
+    tensor([[0.9000, 0.9000],
+            [1.0000, 1.0000],
+            [0.9000, 0.9000],
+            [1.0000, 1.0000]])
+    """
+
+    options = {"lr": 0.01, "eps": 1e-6, "maximize": False}
+    counted = False
+
+    @classmethod
+    def own_options(cls, group: Mapping[str, Any]) -> dict[str, float]:
+        return {"epsilon": number(group, "eps")}
+
+
+@register
+class GroupAdaGrad(Optimizer):
+    """AdaGrad with one learning rate for each row of a matrix.
+
+    ::
+
+        grad = clip(rescale_grad * grad, clip_gradient)
+        history += mean(grad**2, axis=1, keepdims=True)
+        weight -= lr * grad / (sqrt(history) + epsilon)
+
+    Parameters
+    ----------
+    learning_rate : float, default 0.01
+    epsilon : float, default 1e-6
+        At least 0. Keeps the division finite.
+    use_fused_step : bool, default True
+        Whether `update` runs the compiled pass.
+    **kwargs
+        Those of `Optimizer`. Weight decay is not supported.
+
+    Raises
+    ------
+    ValueError
+        `wd` is not 0, or a weight is not a matrix.
+
+    Notes
+    -----
+    The state is ``history``, of shape ``(rows, 1)`` and the weight's dtype.
+
+    References
+    ----------
+    J. Duchi, E. Hazan and Y. Singer, "Adaptive subgradient methods for online learning and stochastic
+    optimization", JMLR 12, 2011, https://jmlr.org/papers/v12/duchi11a.html.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_opt
+    >>> weight, grad = np.ones((2, 2)), np.array([[0.5, -0.5], [0.0, 0.0]])
+    >>> optimizer = numba_opt.GroupAdaGrad(learning_rate=0.1)
+    >>> state = optimizer.create_state(0, weight)
+    >>> optimizer.update([0], [weight], [grad], [state])
+    >>> weight.round(4)
+    array([[0.9, 1.1],
+           [1. , 1. ]])
+    """
+
+    torch_form = TorchGroupAdaGrad
+
+    rule = staticmethod(group_adagrad)
+    state_names = ("history",)
+    per_row = True
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.01,
+        epsilon: float = 1e-6,
+        use_fused_step: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.epsilon = arguments.number("epsilon", epsilon)
+        self._hyper_row(1.0, 0.0, self.wd, 1)  # refuses weight decay
+
+    def hyper(self, lr: float, t: int) -> tuple[float, ...]:
+        return lr, self.epsilon
+
+    def _hyper_row(self, rescale: float, lr: float, wd: float, t: int) -> tuple[float, ...]:
+        if wd:
+            raise ValueError(f"wd must be 0 for GroupAdaGrad, which has no weight decay; got {wd!r}")
+        return super()._hyper_row(rescale, lr, wd, t)
