@@ -200,9 +200,12 @@ def dense_jobs(prepared: Sequence[Launch], hyper: Any) -> list[threads.Job]:
 
 
 def _as_rows(hyper: Any, real: np.dtype, length: int) -> np.ndarray:
-    """Rows of hyper-parameters as a kernel takes them, which has no other way to know their length."""
+    """Rows of hyper-parameters as a kernel takes them, which has no other way to know their length.
+
+    They may have more: what stands for the step's chance, where there is no state to round.
+    """
     rows = np.array(hyper, real)
-    if rows.shape[1] != length:
+    if rows.shape[1] < length:
         raise RuntimeError(f"rule was changed within a step: it takes {length} numbers, not {rows.shape[1]}")
     return rows
 
