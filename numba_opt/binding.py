@@ -95,8 +95,8 @@ class Binding:
         if work is None:
             threads.run(self.prepared.jobs(hyper, self.which), after)
         else:
-            rule, fused = trainer.optimizer._rule(), trainer.optimizer.use_fused_step
-            execution.carry_out(rule, work, np.array(hyper), self.which, fused, after)
+            fused = trainer.optimizer.use_fused_step
+            execution.carry_out(self.rule, work, np.array(hyper), self.which, fused, after)
 
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float | None:
         """What the gradients are to be multiplied by; None if the step is to be skipped."""
@@ -117,7 +117,7 @@ class Binding:
             self.prepared = self.prepare(optimizer)
         request = self.request
         plain = optimizer.use_fused_step and not self.stamps and ndarray.readable()
-        if plain and self.prepared.take(self.ids, request, optimizer._rule()):
+        if plain and self.prepared.take(self.ids, request, self.rule):
             return None
         request = request._replace(columns=[self.grads, *request.columns[1:]])
         return optimizer._assemble(*optimizer._take_sparse(request), self.stamps, self.positions)

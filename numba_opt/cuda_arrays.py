@@ -8,6 +8,7 @@ reads: so the checks of `numba_opt.device` are the same, and so are its errors.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,7 +37,9 @@ TORCH_DTYPES = {
 def loops() -> Any:
     """The kernels' module, imported when it is first needed, as Numba's CUDA compiler is."""
     try:
-        from numba import cuda as target
+        with warnings.catch_warnings():  # NumPy 2.5 warns of what numba-cuda 0.30 does when it is imported
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from numba import cuda as target
 
         if getattr(target, "implementation", "") != "NVIDIA":
             raise ModuleNotFoundError("No module named 'numba_cuda'")

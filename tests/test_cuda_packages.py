@@ -11,6 +11,8 @@ import pytest
 import numba_opt
 from numba_opt import cli, cuda_arrays
 
+from .scripts import printed
+
 HERE = find_spec("numba_cuda") is not None
 
 needs_package = pytest.mark.skipif(
@@ -49,6 +51,13 @@ def test_import_is_silent_and_touches_no_driver():
         [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@needs_package
+def test_the_first_use_is_silent():
+    """Also where warnings are errors, whatever the packages warn of among themselves."""
+    script = "from numba_opt import cuda_arrays\ncuda_arrays.loops()"
+    assert printed(script, options=("-W", "error")) == ""
 
 
 @needs_none

@@ -22,6 +22,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -65,13 +66,13 @@ class Reached(NamedTuple):
 
     digest: str
     told: bool  # whether the digest tells everything
-    names: Sequence[tuple[dict[str, Any], str, Any]]  # where it found what it mentions, and what that was
+    names: Sequence[tuple[Callable[[str], Any], list[str], list[Any]]]  # who knows what it mentions, as what
     cells: Sequence[tuple[Any, Any]]
 
     def unmoved(self) -> bool:
         """Whether every name still means the same object."""
-        for names, name, value in self.names:
-            if names.get(name) is not value:
+        for known, names, values in self.names:
+            if not all(map(is_, map(known, names), values)):  # in C, as each step asks
                 return False
         for cell, value in self.cells:  # noqa: SIM110  (a generator would take longer than the loop)
             if _content(cell) is not value:
@@ -122,7 +123,19 @@ def _survey(function: Callable[..., Any]) -> Reached:
     walk = _Walk()
     walk.start(function)
     fresh = [_is_fresh(*helper) for helper in walk.helpers]  # all of them are to be looked at in time
-    return Reached(walk.hash.hexdigest(), walk.told and all(fresh), walk.names, walk.cells)
+    return Reached(walk.hash.hexdigest(), walk.told and all(fresh), _by_holder(walk.names), walk.cells)
+
+
+def _by_holder(
+    found: Iterable[tuple[dict[str, Any], str, Any]],
+) -> list[tuple[Callable[[str], Any], list[str], list[Any]]]:
+    """Names and what they mean, for each dict that knows them."""
+    groups: dict[int, tuple[Callable[[str], Any], list[str], list[Any]]] = {}
+    for holder, name, value in found:
+        _, names, values = groups.setdefault(id(holder), (holder.get, [], []))
+        names.append(name)
+        values.append(value)
+    return list(groups.values())
 
 
 def _is_fresh(helper: Any, function: Callable[..., Any], compiled: bool) -> bool:
