@@ -208,6 +208,26 @@ def late_tables(rule: execution.Rule, found: Found, late: Sequence[int]) -> Iter
         yield Table(f"late: {layout}", members, words, lines, kernel, None, (True, True))
 
 
+def over(gpu: Any, kernel: Any, units: int, arguments: tuple[int, ...], by_warps: bool | None) -> Any:
+    """A launch over so many units: of warps, of blocks, or (None) of threads."""
+    loops = kernels().loops
+    threads = loops.WARP * loops.WARPS if by_warps else loops.THREADS
+    share = loops.WARPS if by_warps else loops.THREADS if by_warps is None else 1
+    blocks = min(-(-units // share), gpu.processors * 8)
+    return kernels().driver.Launch(gpu, kernel, blocks, threads, arguments)
+
+
+def sorting(gpu: Any, integers: str, rows: int, count: int, height: int, place: int) -> tuple[list[Any], int]:
+    """What sorts the keys of row numbers, in memory for twice as many, and where they are then."""
+    loops = kernels().loops
+    source, target, run = place, place + 8 * count, loops.RUN
+    launches = [over(gpu, loops.keys(integers), -(-count // run), (rows, count, height, source), False)]
+    while run < count:
+        launches.append(over(gpu, loops.merge(), count, (source, count, run, target), None))
+        source, target, run = target, source, 2 * run
+    return launches, source
+
+
 class Placed:
     """A table in the device's memory, with the launches that take it."""
 
@@ -231,23 +251,13 @@ class Placed:
 
     def _sort(self, entry: np.ndarray, parts: cuda_sparse.Parts, place: int) -> int:
         """Have a gradient's keys sorted, in memory for twice as many; says where they are then."""
-        loops, count = kernels().loops, parts.units
-        source, target = place, place + 8 * count
-        first = (int(entry[1]), count, int(entry[4]), source)
-        run = loops.RUN
-        self.sorting.append(self._over(loops.keys(parts.integers), -(-count // run), first, False))
-        while run < count:
-            self.sorting.append(self._over(loops.merge(), count, (source, count, run, target)))
-            source, target, run = target, source, 2 * run
-        return source
+        rows, height = int(entry[1]), int(entry[4])
+        launches, sorted_keys = sorting(self._gpu, parts.integers, rows, parts.units, height, place)
+        self.sorting += launches
+        return sorted_keys
 
     def _over(self, kernel: Any, units: int, arguments: tuple[int, ...], by_warps: bool | None = None) -> Any:
-        """A launch over so many units: of warps, of blocks, or (None) of threads."""
-        loops = kernels().loops
-        threads = loops.WARP * loops.WARPS if by_warps else loops.THREADS
-        share = loops.WARPS if by_warps else loops.THREADS if by_warps is None else 1
-        blocks = min(-(-units // share), self._gpu.processors * 8)
-        return kernels().driver.Launch(self._gpu, kernel, blocks, threads, arguments)
+        return over(self._gpu, kernel, units, arguments, by_warps)
 
     def place(self, which: list[int], stream: int) -> None:
         """Have the table as it should be when the stream gets there, its tensors' rows beginning there."""

@@ -221,6 +221,10 @@ def test_what_is_warmed_up(driver, name, mode):
     for _ in range(3):
         trainer.accumulate(arrays.on_gpu(call.grads))
     trainer.step()
+    for grad in (block(), csr()):
+        trainer.accumulate([on_gpu(grad)] * 3)
+    trainer.accumulate(arrays.on_gpu(call.grads))
+    trainer.step([on_gpu(csr())] * 3)
     trainer.flush()
     driver.finish()
     used = {program.key for program in driver.covered}
