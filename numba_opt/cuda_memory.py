@@ -35,6 +35,11 @@ class Scratch:
         """The address of so many words."""
         if self.memory is None or self.memory.size < 8 * words:
             self.memory = self._gpu.memory(8 * words + words)  # some more, so that it happens rarely
+        return self.address
+
+    @property
+    def address(self) -> int:
+        """Where it is."""
         return int(self.memory.address)
 
 

@@ -75,10 +75,11 @@ class CudaSums:
             prepared.take(device.Request(columns, (), False, self._label(which)))
 
         def add() -> None:
-            for call in calls:
+            launches = [
+                prepared.launching([row], [0] * len(which), graphs=False)[0] for prepared, which, row in parts
+            ]
+            for call in (*calls, *launches):
                 call()
-            for prepared, which, row in parts:
-                prepared.run([row], [0] * len(which), graphs=False)
 
         return found, add
 
