@@ -162,9 +162,10 @@ class Current:
 class Memory:
     """Some memory of a device."""
 
+    address = 0  # until there is some
+
     def __init__(self, device: Device, size: int) -> None:
         self._device, self.size = device, size
-        self.address = 0
         with device.current():
             self.address = int(call(driver.cuMemAlloc, max(size, 1)))
             call(driver.cuMemsetD8, self.address, 0, max(size, 1))
@@ -192,9 +193,10 @@ class Memory:
 class Pinned:
     """Some memory of the host that the device reads by itself, at a time of its own."""
 
+    address = 0  # until there is some
+
     def __init__(self, device: Device, size: int) -> None:
         self._device, self.size = device, size
-        self.address = 0
         with device.current():
             self._mark = call(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
             self.address = int(call(driver.cuMemHostAlloc, max(size, 1), 0))
