@@ -141,6 +141,14 @@ class Part:
         """How many sums of squares of its gradients there are."""
         return sum(placed.sums for placed in self.placed)
 
+    def written(
+        self, rows: np.ndarray, which: Sequence[int], norm: Norm | None, stream: int, share: tuple[int, int]
+    ) -> bool:
+        """Whether `write` has nothing to do."""
+        if stream != self._last or self.made_on - {stream} or not self.ready(which, norm):
+            return False
+        return (norm is None or share == self._share) and self.hyper.has(rows, norm)
+
     def write(
         self,
         rows: np.ndarray,
@@ -320,12 +328,18 @@ class Prepared:
         if any(captured):
             self._check_capture(which, norm, graphs, all(captured))
         else:
-            rows, begin, total = np.asarray(hyper, np.float64), 0, sum(part.sums for part in self.parts)
-            for part, stream in zip(self.parts, streams, strict=True):
-                with part.gpu.current():
-                    part.write(rows, which, norm, stream, (begin, total))
-                begin += part.sums
+            rows = np.asarray(hyper, np.float64)
+            shares = [(0, 0)] * len(streams) if norm is None else self._shares()
+            for part, stream, share in zip(self.parts, streams, shares, strict=True):
+                if not part.written(rows, which, norm, stream, share):
+                    with part.gpu.current():
+                        part.write(rows, which, norm, stream, share)
         return partial(self._launch, norm, streams, list(which) if any(captured) else None), any(captured)
+
+    def _shares(self) -> list[tuple[int, int]]:
+        """Each device's share of the sums of squares, as `Part.write` has it."""
+        own = [part.sums for part in self.parts]
+        return [(sum(own[:k]), sum(own)) for k in range(len(own))]
 
     def _check_capture(self, which: Sequence[int], norm: Norm | None, graphs: bool, everywhere: bool) -> None:
         """Refuse a step that cannot go into a graph."""

@@ -97,10 +97,13 @@ class Hyper:
         """Whether there is room for such rows."""
         return HEAD + rows.size <= self.room
 
+    def has(self, rows: np.ndarray, norm: Norm | None) -> bool:
+        """Whether these are there, or will be once streams get there."""
+        return (norm, rows.tobytes()) == self._written
+
     def write(self, rows: np.ndarray, norm: Norm | None, stream: int) -> None:
         """Have rows written when the stream gets there, if they are not there already."""
-        wanted = norm, rows.tobytes()
-        if wanted == self._written:
+        if self.has(rows, norm):
             return
         numbers = self._numbers
         limit, guard = norm or (0.0, False)
@@ -108,7 +111,7 @@ class Hyper:
         numbers[HEAD : HEAD + rows.size] = rows.ravel()
         for launch in self._launches:
             launch(stream)
-        self._written = wanted
+        self._written = norm, rows.tobytes()
 
     def told(self) -> np.ndarray:
         """What kernels have said; waits for everything on the device."""
