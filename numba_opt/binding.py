@@ -193,8 +193,10 @@ class CudaBinding(Binding):
     def advance(self, trainer: Trainer, rescale: float) -> None:
         """Count a step that a graph is about to make, and have its hyper-parameters ready for it."""
         hyper, after = self.plan(trainer, rescale)
-        self.prepared.refresh(hyper, self.which, self.norm(trainer))
-        threads.run([], after)
+        histories = list(map(trainer.optimizer._history.get, self.positions))
+        norm = self.norm(trainer)
+        after = [*after, self.telling(trainer, norm)]
+        self.prepared.refresh(hyper, self.which, norm, histories, after)
 
     def skipped(self) -> int:
         """How many steps the device has left out; waits for it."""

@@ -42,7 +42,7 @@ class Part:
         self.placed: list[Placed] = []
         self.made_on: set[int] = set()
         self.weight: Callable[[], Any] = lambda: None
-        self._found: Found | None = None
+        self.found: Found | None = None
         self._which: Sequence[int] | None = None  # rows of hyper-parameters that it is ready for,
         self._at = 0  # and where those are
         self._last: int | None = None
@@ -52,22 +52,24 @@ class Part:
         self._settling: list[Any] = []  # and what comes once all sums are there
         self._share: tuple[int, int] | None = None  # of the sums that these are made for, as `write` has it
         self._late: list[Placed] = []
+        self._frozen = False  # whether a graph has the addresses of tables, which stay as they are then
 
     def hold(self, found: Found, weight: Any) -> None:
         """Take other arrays."""
         tables = [dense_table(self.rule, table) for table in found.bound.tables]
         tables += row_tables(self.rule, found)
-        before, self.placed = self.placed, []
+        before, self.placed = [] if self._frozen else self.placed, []
+        self._frozen = False
         for table in tables:
             placed = next((old for old in before if old.table.like(table)), None)
             self.placed.append(placed or Placed(self.gpu, self.hyper, table))
             self.placed[-1].take(table)
         self.made_on, self.weight = found.made_on, _weakly(weight)
-        self._found, self._which = found, None
+        self.found, self._which = found, None
 
     def retake(self, places: np.ndarray) -> bool:
         """Take other gradients, which are like the last ones; False if they cannot be taken as they are."""
-        found = self._found
+        found = self.found
         if found is None or found.parts:
             return False
         survey, held = found.bound.found, found.bound.found.bytes[:, 0]
@@ -84,10 +86,9 @@ class Part:
         self.hold(found, self.weight())
         return True
 
-    def catch_up(self, late: Sequence[int], stream: int) -> None:
+    def catch_up(self, found: Found, late: Sequence[int], stream: int) -> None:
         """Let all rows of some tensors take the steps that they have not."""
-        found = self._found
-        if not late or found is None:
+        if not late:
             return
         before, self._late = self._late, []
         for table in late_tables(self.rule, found, late):
@@ -100,37 +101,36 @@ class Part:
         for t in late:
             found.histories[t].recorded = 0
 
-    def due(self) -> list[int]:
-        """Tensors whose rows are all to catch up before the next step."""
-        assert self._found is not None
-        parts, histories = self._found.parts, self._found.histories
-        return [t for t, h in histories.items() if h.recorded and (t not in parts or h.recorded == h.room)]
+    def record(self, found: Found, stream: int) -> None:
+        """A step is about to be launched that records itself, if rows catch up."""
+        parts, histories = found.parts, found.histories
+        self.follow(found, stream)
+        due = [t for t, h in histories.items() if h.recorded and (t not in parts or h.recorded == h.room)]
+        self.catch_up(found, due, stream)
+        for t in parts.keys() & histories.keys():
+            histories[t].recorded += 1
 
-    def behind(self) -> list[int]:
-        """Tensors of which some rows may not have taken every step."""
-        assert self._found is not None
-        return [t for t, history in self._found.histories.items() if history.recorded]
+    def flush(self, stream: int) -> None:
+        """Bring all rows up to date."""
+        if found := self.found:
+            self.follow(found, stream)
+            behind = [t for t, history in found.histories.items() if history.recorded]
+            self.catch_up(found, behind, stream)
 
-    def recorded(self) -> None:
-        """A step is about to be launched."""
-        assert self._found is not None
-        for t in self._found.parts.keys() & self._found.histories.keys():
-            self._found.histories[t].recorded += 1
-
-    def follow(self, stream: int) -> None:
+    def follow(self, found: Found, stream: int) -> None:
         """Let a stream wait for those that used the histories last."""
-        histories = [] if self._found is None else self._found.histories.values()
-        for other in {history.stream for history in histories} - {None, stream}:
+        for other in {history.stream for history in found.histories.values()} - {None, stream}:
             self.gpu.after(stream, other)
-        for history in histories:
+        for history in found.histories.values():
             history.stream = stream
 
-    def give_up(self) -> Any:
-        """All that launches have the addresses of, which it will not use again."""
-        kept = (self.placed, self._partial, self.hyper.memory)
-        self.placed, self._partial = [], Scratch(self.gpu)
-        self._found = self._which = None
-        return kept
+    def freeze(self) -> Captured:
+        """What a graph has just been given, all that it has addresses of included, which stays as it is."""
+        self._frozen = True
+        assert self.found is not None
+        histories = [*self.found.histories.values()]
+        kept = [*self.placed, self._partial.memory, self.hyper.memory, *histories]
+        return Captured(self, self.found, self.hyper.address, kept)
 
     def stream(self) -> int:
         """The caller's stream."""
@@ -140,6 +140,13 @@ class Part:
     def sums(self) -> int:
         """How many sums of squares of its gradients there are."""
         return sum(placed.sums for placed in self.placed)
+
+    def come_to(self, stream: int) -> None:
+        """Let a stream wait for the one that was used last."""
+        if stream != self._last:
+            if self._last is not None:
+                self.gpu.after(stream, self._last)
+            self._last = stream
 
     def written(
         self, rows: np.ndarray, which: Sequence[int], norm: Norm | None, stream: int, share: tuple[int, int]
@@ -162,10 +169,7 @@ class Part:
         Of the sums of squares, those of other devices included, its own are a share: where they begin among
         all, and how many all are.
         """
-        if stream != self._last:
-            if self._last is not None:
-                self.gpu.after(stream, self._last)
-            self._last = stream
+        self.come_to(stream)
         if self.made_on:
             for other in self.made_on - {stream}:
                 self.gpu.after(stream, other)
@@ -179,6 +183,11 @@ class Part:
 
     def _place(self, which: Sequence[int], length: int, stream: int) -> None:
         """Have tables in place, with tensors' rows of hyper-parameters, which have that length."""
+        if self._frozen:
+            tables, self.placed, self._frozen = [placed.table for placed in self.placed], [], False
+            for table in tables:
+                self.placed.append(Placed(self.gpu, self.hyper, table))
+                self.placed[-1].take(table)
         for placed in self.placed:
             placed.place([length * which[self.members[k]] for k in placed.table.members], stream)
         self._launches, self._share = [*self._sorting(), *self._updates()], None
@@ -228,6 +237,15 @@ class Part:
         self._share = share
 
 
+class Captured(NamedTuple):
+    """What a graph does on a device."""
+
+    part: Part
+    found: Found
+    hyper: int  # where the buffer of hyper-parameters was
+    kept: list[Any]  # what it has the addresses of
+
+
 def _weakly(value: Any) -> Callable[[], Any]:
     try:
         return weakref.ref(value)
@@ -248,9 +266,9 @@ class Prepared:
         self._known: list[Known] = []  # the columns that it is ready for
         self._asked: Any = None  # of their states and of sparse gradients, and where histories are
         self._kinds: list[Any] = []  # of the gradients
-        self._captured: list[tuple[Hyper, int, Part]] = []
+        self._captured: list[Captured] = []  # by the last graph
         self._captured_which: list[int] = []
-        self._kept: list[Any] = []  # what graphs have the addresses of
+        self._kept: list[list[Captured]] = []  # by any, as long as this is there
         self._exact = False  # whether rows catch up
 
     def take(self, request: device.Request, grads: Sequence[Any] | None = None) -> None:
@@ -345,8 +363,6 @@ class Prepared:
         """Refuse a step that cannot go into a graph."""
         if not graphs:
             raise RuntimeError("only a step of a Trainer can be captured in a CUDA graph")
-        if self._exact:
-            raise RuntimeError("a step with sparse_update='exact' cannot be captured in a CUDA graph")
         if norm is not None and len(self.parts) > 1:
             raise RuntimeError(
                 "a norm over several devices cannot be captured in CUDA graphs: one device's graph "
@@ -360,21 +376,17 @@ class Prepared:
         parts = list(zip(self.parts, streams, strict=True))
         for part, stream in parts:
             with part.gpu.current():
-                if self._exact:
-                    part.follow(stream)
-                    part.catch_up(part.due(), stream)
-                    part.recorded()
+                if self._exact and captured is None and part.found is not None:
+                    part.record(part.found, stream)  # `refresh` does that before a graph is replayed
                 part.launch(norm, stream)
         if norm is not None:
             self._exchange(parts)
             for part, stream in parts:
                 with part.gpu.current():
                     part.settle(stream)
-        if captured is not None:  # the graph has the tables for itself: later steps make others
-            self._captured = [(part.hyper, part.hyper.address, part) for part in self.parts]
-            self._captured_which = captured
-            self._kept += [part.give_up() for part in self.parts]
-            self._known = []
+        if captured is not None:  # which has the tables for itself: others are made where they would change
+            self._captured, self._captured_which = [part.freeze() for part in self.parts], captured
+            self._kept.append(self._captured)
 
     @staticmethod
     def _exchange(parts: Sequence[tuple[Part, int]]) -> None:
@@ -393,18 +405,35 @@ class Prepared:
         with interrupts.deferred():
             for part in self.parts:
                 with part.gpu.current():
-                    part.follow(part.stream())
-                    part.catch_up(part.behind(), part.stream())
+                    part.flush(part.stream())
 
-    def refresh(self, hyper: Any, which: Sequence[int], norm: Norm | None) -> None:
-        """Have hyper-parameters in place for the step that was captured last."""
+    def refresh(
+        self,
+        hyper: Any,
+        which: Sequence[int],
+        norm: Norm | None,
+        histories: Sequence[Any],
+        after: Sequence[partial[Any]],
+    ) -> None:
+        """Have all in place for the step that was captured last, and count it by what comes `after`.
+
+        The histories are those that the tensors have now.
+        """
         rows = np.asarray(hyper, np.float64)
-        same = all(buffer.address == at and buffer.holds(rows) for buffer, at, _ in self._captured)
+        same = all(part.hyper.address == at and part.hyper.holds(rows) for part, _, at, _ in self._captured)
         if not same or list(which) != self._captured_which:
             raise ValueError("other groups of hyper-parameters are in use since the step was captured")
-        for buffer, _, part in self._captured:
-            with part.gpu.current():
-                buffer.write(rows, norm, part.stream())
+        for part, found, *_ in self._captured:
+            if any(histories[part.members[t]] is not held for t, held in found.histories.items()):
+                raise ValueError("the steps that rows have yet to take are others since one was captured")
+        with interrupts.deferred():
+            for part, found, *_ in self._captured:
+                with part.gpu.current():
+                    stream = part.stream()
+                    part.come_to(stream)
+                    part.hyper.write(rows, norm, stream)
+                    part.record(found, stream)
+            threads.run([], after)
 
     def norm(self) -> float:
         """The norm of the last step's gradients; waits for the device."""

@@ -31,9 +31,13 @@ class Scratch:
         self._gpu = gpu
         self.memory: Any = None
 
+    def has(self, words: int) -> bool:
+        """Whether so many words fit."""
+        return self.memory is not None and bool(self.memory.size >= 8 * words)
+
     def fit(self, words: int) -> int:
         """The address of so many words."""
-        if self.memory is None or self.memory.size < 8 * words:
+        if not self.has(words):
             self.memory = self._gpu.memory(8 * words + words)  # some more, so that it happens rarely
         return self.address
 

@@ -16,6 +16,7 @@ from .execution import Rule
 from .sparse import RowSparse, check_shape
 
 BLOCK = 64  # rows that a block has room for at least
+KNOWN = 32  # sparse sums that are kept as objects, so that steps know them again
 
 
 class CudaSums:
@@ -33,6 +34,8 @@ class CudaSums:
         self._memory: dict[int, Any] = {}
         self._blocks: dict[int, Block] = {}  # of those sums that are sparse, and for sparse gradients
         self._first, self._next = (cuda.Prepared(Rule(rule, 0, False)) for rule in (loops.begun, loops.plus))
+        self._known: dict[tuple[int, int], SparseSum] = {}  # by position and number of parts
+        self._kept: list[Block] = []  # what graphs have the addresses of
         self._told: dict[int, Any] = {}  # a word of each device: whether something led outside
 
     def memory(self, t: int, weight: Any) -> Any:
@@ -60,6 +63,8 @@ class CudaSums:
             if cuda_sparse.is_sparse(grad):
                 found[t] = self._join(t, sums[t], grad, weights[t], calls)
             else:
+                if t not in self._memory and _capturing(weights[t], look(weights[t], "weight").device):
+                    raise RuntimeError(cuda.UNPREPARED)
                 found[t] = self.memory(t, weights[t])
                 if isinstance(sums[t], SparseSum):
                     before[t] = found[t]
@@ -75,8 +80,8 @@ class CudaSums:
             prepared.take(device.Request(columns, (), False, self._label(which)))
 
         def add() -> None:
-            launches = [
-                prepared.launching([row], [0] * len(which), graphs=False)[0] for prepared, which, row in parts
+            launches: list[Callable[[], None]] = [
+                prepared.launching([row], [0] * len(which))[0] for prepared, which, row in parts
             ]
             for call in (*calls, *launches):
                 call()
@@ -92,7 +97,8 @@ class CudaSums:
         block = self._block(view, saved.shape, len(rows))
         for memory, content in ((block.rows, rows), (block.values, values)):
             block.gpu.assign(memory.address, np.ascontiguousarray(content))
-        return block.first(len(rows))
+        self._told_of(view.device)
+        return SparseSum(block, len(rows))
 
     def strayed(self) -> bool:
         """Whether a sparse gradient led outside, as far as that is known before a step takes the sums."""
@@ -110,18 +116,32 @@ class CudaSums:
         parts = cuda_sparse.parts_of(grad, view, f"gradient of parameter {self._names[t]!r}")
         before = total.count if isinstance(total, SparseSum) else 0
         count = parts.units if parts.columns is None else min(parts.units, parts.entries)
+        capturing = _capturing(weight, view.device)
         old = total.block if before else self._blocks.get(t)
         block, launches = old, []
         if block is None or block.room < before + count:
+            if capturing:
+                raise RuntimeError(cuda.UNPREPARED)
             block = self._block(view, grad.shape, max(before + count, 2 * block.room if block else BLOCK))
             launches = [block.moved_from(total.block, before)] if before else []
         launches += block.collecting(parts, before, count, self._told_of(view.device))
         calls.append(_launching(launches, weight, block.gpu, parts))
         calls.append(partial(self._blocks.__setitem__, t, block))
+        if capturing:
+            calls.append(partial(self._kept.append, block))
         if total is None or isinstance(total, SparseSum):
-            return block.first(before + count)
-        calls.append(self._spreading(block.first(count), weight, total, False))
+            return self._sum_of(t, block, before + count)
+        calls.append(self._spreading(SparseSum(block, count), weight, total, False))
         return total
+
+    def _sum_of(self, t: int, block: Block, count: int) -> SparseSum:
+        """The first parts of a block: the same object as long as it is the same block."""
+        found = self._known.get((t, count))
+        if found is None or found.block is not block:
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            found = self._known[t, count] = SparseSum(block, count)
+        return found
 
     def _block(self, view: View, shape: Sequence[int], room: int) -> Block:
         return Block(kernels().driver.device(view.device), room, tuple(shape), view.shadow.dtype)
@@ -135,8 +155,17 @@ class CudaSums:
     def _spreading(self, parts: SparseSum, weight: Any, total: Any, every: bool) -> Callable[[], None]:
         """What adds parts to a dense sum or, with `every`, lets that begin with them."""
         block, place_of_sum = parts.block, place(look(total, "sum").shadow)
+        if _capturing(weight, block.gpu.number):
+            if not block.can_sort(parts.count):
+                raise RuntimeError(cuda.UNPREPARED)
+            self._kept.append(block)
         launches = block.spreading(parts.count, place_of_sum, every, self._told_of(block.gpu.number))
         return _launching(launches, weight, block.gpu)
+
+
+def _capturing(weight: Any, number: int) -> bool:
+    stream = current_stream(weight, number)
+    return bool(kernels().driver.device(number).capturing(stream))
 
 
 def _launching(
@@ -165,10 +194,6 @@ class Block:
         self.rows, self.values = gpu.memory(8 * room), gpu.memory(dtype.itemsize * room * self.width)
         self._keys = Scratch(gpu)
 
-    def first(self, count: int) -> SparseSum:
-        """Its first parts."""
-        return SparseSum(self, count)
-
     def moved_from(self, other: Block, count: int) -> Any:
         """The launch that takes over the first parts of another one."""
         given = (other.values.address, other.rows.address, 0, count, count)
@@ -192,6 +217,10 @@ class Block:
         first = self.rows.address + 8 * at, self.values.address + self.dtype.itemsize * at * self.width
         kernel = kernels().loops.collect(self._code, form)
         return over(self.gpu, kernel, units, (*given, self.width, *first, told), by_warps)
+
+    def can_sort(self, count: int) -> bool:
+        """Whether there is memory to sort so many keys."""
+        return self._keys.has(2 * count)
 
     def spreading(self, count: int, total: int, every: bool, told: int) -> list[Any]:
         """The launches that add its first parts to a dense sum at some address."""

@@ -229,9 +229,11 @@ class Trainer:
         """Count a step that a captured CUDA graph is about to make, and set its hyper-parameters.
 
         Nothing that changes from step to step is in the graph: kernels read it from the device's memory, and
-        this writes it there, on the current stream, if it has changed. So call it before each replay, on the
-        same stream. The step that is captured is not made and not counted; the arrays must be those of an
-        earlier step, and this trainer must live as long as the graph.
+        this writes it there, on the current stream, if it has changed. With ``sparse_update="exact"`` it also
+        lets all rows catch up when there is no more room to record steps. So call it before each replay, on
+        the same stream. The step that is captured is not made and not counted; the arrays must be those of
+        an earlier step, and this trainer must live as long as the graph. A norm over several devices cannot
+        be captured, as one device's graph cannot wait for another's.
 
         Parameters
         ----------
@@ -241,7 +243,7 @@ class Trainer:
         Raises
         ------
         ValueError
-            No step has been captured, or what it used has been replaced since.
+            No step has been captured, or what it used has been replaced since, as by a checkpoint.
 
         Examples
         --------
@@ -325,6 +327,10 @@ class Trainer:
         is kept for the next ones, and nobody waits for them but where that grows; the step must be on the
         same stream. They are added in the CPU's order, and equal its sums to the bit, but for float64 values
         that are added up in float16 or bfloat16.
+
+        In a CUDA graph together with the step that takes them, calls of this are made again with each replay.
+        Make the same calls with the same arrays before the capture. In a graph of its own a call adds to the
+        sum, or begins it, as it would have when it was captured: capture and replay graphs in one order.
 
         Raises
         ------

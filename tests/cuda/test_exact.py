@@ -278,18 +278,6 @@ def test_a_trainer_catches_up(bad, tmp_path):
     table.assert_near(arrays.on_cpu(found), expected, 1e-6)
 
 
-def test_what_catches_up_is_not_captured(driver):
-    pair = Pair(table.row("nag"))
-    trainer = numba_opt.Trainer(pair.weights[0], pair.optimizers[0])
-    grad = on_gpu(block([1]))
-    trainer.step([grad])
-    with (
-        driver.capture(0),
-        pytest.raises(RuntimeError, match="sparse_update='exact' cannot be captured"),
-    ):
-        trainer.step([grad])
-
-
 @pytest.mark.parametrize("marks", [[-(10**12)] * 9, [10**12] * 9])
 def test_stamps_that_are_nonsense(marks):
     """The host does not see them; kernels stay within the history."""

@@ -400,24 +400,6 @@ def test_gradients_that_cannot_be_added(driver, error, message, change):
         gpu.accumulate(ours)
 
 
-def test_sums_are_not_captured(driver):
-    row = table.row("nag")
-    gpu, _, ours, _ = twins(row, table.make(row, SHAPES))
-    for _ in range(2):
-        gpu.accumulate(ours)
-    gpu.step()
-    for _ in range(2):
-        gpu.accumulate(ours)
-    before = [total.array.copy() for total in gpu._sums]
-    for call in (gpu.accumulate, gpu.step):
-        with (
-            driver.capture(0),
-            pytest.raises(RuntimeError, match="only a step of a Trainer can be captured"),
-        ):
-            call(ours)
-    table.assert_bits(arrays.on_cpu(gpu._sums), before)
-
-
 # ---------------------------------------------------------------- errors
 
 
