@@ -47,7 +47,7 @@ class Binding:
     def step(self, trainer: Trainer, rescale: float, before: Callable[[], None] | None = None) -> bool:
         """Update the parameters; False if there was reason to skip that.
 
-        Once all is checked comes what is to happen `before`.
+        Together with the step comes what is to happen `before` it on GPUs.
         """
         try:
             return self._step(trainer, rescale, before)
@@ -63,9 +63,7 @@ class Binding:
             return False
         if scale != rescale:
             hyper = [(scale, *row[1:]) for row in hyper]
-        if before is not None:
-            before()
-        self.carry_out(trainer, work, hyper, after)
+        self.carry_out(trainer, work, hyper, after, before)
         return True
 
     def plan(self, trainer: Trainer, scale: float) -> tuple[list[Any], list[partial[Any]]]:
@@ -90,8 +88,11 @@ class Binding:
         ]
         return hyper, after
 
-    def carry_out(self, trainer: Trainer, work: execution.Work | None, hyper: Any, after: Any) -> None:
+    def carry_out(
+        self, trainer: Trainer, work: execution.Work | None, hyper: Any, after: Any, before: Any
+    ) -> None:
         """Make the step, and count it."""
+        assert before is None  # what is accumulated on the CPU has been added in copies
         if work is None:
             threads.run(self.prepared.jobs(hyper, self.which), after)
         else:
@@ -170,13 +171,17 @@ class CudaBinding(Binding):
     def scale(self, trainer: Trainer, work: execution.Work | None, rescale: float) -> float:
         return rescale  # the device does the rest
 
-    def carry_out(self, trainer: Trainer, work: execution.Work | None, hyper: Any, after: Any) -> None:
+    def carry_out(
+        self, trainer: Trainer, work: execution.Work | None, hyper: Any, after: Any, before: Any
+    ) -> None:
         norm = self.norm(trainer)
-        trainer._grad_norm = self.prepared.norm if norm is not None else None
-        if self.prepared.run(hyper, self.which, norm):
-            threads.run([], after)
-        else:
+        after = [*after, self.telling(trainer, norm)]
+        if not self.prepared.run(hyper, self.which, norm, before=before, after=after):
             trainer._captured = self
+
+    def telling(self, trainer: Trainer, norm: Norm | None) -> partial[Any]:
+        """What lets the trainer find the norm of the step."""
+        return partial(setattr, trainer, "_grad_norm", self.prepared.norm if norm is not None else None)
 
     def norm(self, trainer: Trainer) -> Norm | None:
         """What the trainer asks for of the norm of all gradients."""
@@ -188,8 +193,10 @@ class CudaBinding(Binding):
     def advance(self, trainer: Trainer, rescale: float) -> None:
         """Count a step that a graph is about to make, and have its hyper-parameters ready for it."""
         hyper, after = self.plan(trainer, rescale)
-        self.prepared.refresh(hyper, self.which, self.norm(trainer))
-        threads.run([], after)
+        histories = list(map(trainer.optimizer._history.get, self.positions))
+        norm = self.norm(trainer)
+        after = [*after, self.telling(trainer, norm)]
+        self.prepared.refresh(hyper, self.which, norm, histories, after)
 
     def skipped(self) -> int:
         """How many steps the device has left out; waits for it."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
+from functools import partial
 from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from . import cuda_history, cuda_sparse, device, execution
 from .cuda_arrays import View, address_of, current_stream, kernels, kind_of, look, on, place
 from .cuda_memory import NO_HYPER, Hyper, Norm, Placed, Scratch, dense_table, late_tables, row_tables
 from .errors import CudaUnavailableError
-from .kernels import interrupts, ndarray
+from .kernels import interrupts, ndarray, threads
 from .kernels.cuda_buffer import NORM, SKIPPED, STRAY
 
 __all__ = ["CudaUnavailableError", "on"]
@@ -41,30 +42,34 @@ class Part:
         self.placed: list[Placed] = []
         self.made_on: set[int] = set()
         self.weight: Callable[[], Any] = lambda: None
-        self._found: Found | None = None
+        self.found: Found | None = None
         self._which: Sequence[int] | None = None  # rows of hyper-parameters that it is ready for,
         self._at = 0  # and where those are
         self._last: int | None = None
         self._partial = Scratch(gpu)
         self._launches: list[Any] = []
-        self._with_norm: list[Any] = []  # the same, with the norm of the gradients
+        self._measuring: list[Any] = []  # the same with the norm of the gradients: what sums their squares,
+        self._settling: list[Any] = []  # and what comes once all sums are there
+        self._share: tuple[int, int] | None = None  # of the sums that these are made for, as `write` has it
         self._late: list[Placed] = []
+        self._frozen = False  # whether a graph has the addresses of tables, which stay as they are then
 
     def hold(self, found: Found, weight: Any) -> None:
         """Take other arrays."""
         tables = [dense_table(self.rule, table) for table in found.bound.tables]
         tables += row_tables(self.rule, found)
-        before, self.placed = self.placed, []
+        before, self.placed = [] if self._frozen else self.placed, []
+        self._frozen = False
         for table in tables:
             placed = next((old for old in before if old.table.like(table)), None)
             self.placed.append(placed or Placed(self.gpu, self.hyper, table))
             self.placed[-1].take(table)
         self.made_on, self.weight = found.made_on, _weakly(weight)
-        self._found, self._which = found, None
+        self.found, self._which = found, None
 
     def retake(self, places: np.ndarray) -> bool:
         """Take other gradients, which are like the last ones; False if they cannot be taken as they are."""
-        found = self._found
+        found = self.found
         if found is None or found.parts:
             return False
         survey, held = found.bound.found, found.bound.found.bytes[:, 0]
@@ -81,10 +86,9 @@ class Part:
         self.hold(found, self.weight())
         return True
 
-    def catch_up(self, late: Sequence[int], stream: int) -> None:
+    def catch_up(self, found: Found, late: Sequence[int], stream: int) -> None:
         """Let all rows of some tensors take the steps that they have not."""
-        found = self._found
-        if not late or found is None:
+        if not late:
             return
         before, self._late = self._late, []
         for table in late_tables(self.rule, found, late):
@@ -97,48 +101,75 @@ class Part:
         for t in late:
             found.histories[t].recorded = 0
 
-    def due(self) -> list[int]:
-        """Tensors whose rows are all to catch up before the next step."""
-        assert self._found is not None
-        parts, histories = self._found.parts, self._found.histories
-        return [t for t, h in histories.items() if h.recorded and (t not in parts or h.recorded == h.room)]
+    def record(self, found: Found, stream: int) -> None:
+        """A step is about to be launched that records itself, if rows catch up."""
+        parts, histories = found.parts, found.histories
+        self.follow(found, stream)
+        due = [t for t, h in histories.items() if h.recorded and (t not in parts or h.recorded == h.room)]
+        self.catch_up(found, due, stream)
+        for t in parts.keys() & histories.keys():
+            histories[t].recorded += 1
 
-    def behind(self) -> list[int]:
-        """Tensors of which some rows may not have taken every step."""
-        assert self._found is not None
-        return [t for t, history in self._found.histories.items() if history.recorded]
+    def flush(self, stream: int) -> None:
+        """Bring all rows up to date."""
+        if found := self.found:
+            self.follow(found, stream)
+            behind = [t for t, history in found.histories.items() if history.recorded]
+            self.catch_up(found, behind, stream)
 
-    def recorded(self) -> None:
-        """A step is about to be launched."""
-        assert self._found is not None
-        for t in self._found.parts.keys() & self._found.histories.keys():
-            self._found.histories[t].recorded += 1
-
-    def follow(self, stream: int) -> None:
+    def follow(self, found: Found, stream: int) -> None:
         """Let a stream wait for those that used the histories last."""
-        histories = [] if self._found is None else self._found.histories.values()
-        for other in {history.stream for history in histories} - {None, stream}:
+        for other in {history.stream for history in found.histories.values()} - {None, stream}:
             self.gpu.after(stream, other)
-        for history in histories:
+        for history in found.histories.values():
             history.stream = stream
 
-    def give_up(self) -> Any:
-        """All that launches have the addresses of, which it will not use again."""
-        kept = (self.placed, self._partial, self.hyper.memory)
-        self.placed, self._partial = [], Scratch(self.gpu)
-        self._found = self._which = None
-        return kept
+    def freeze(self) -> Captured:
+        """What a graph has just been given, all that it has addresses of included, which stays as it is."""
+        self._frozen = True
+        assert self.found is not None
+        histories = [*self.found.histories.values()]
+        kept = [*self.placed, self._partial.memory, self.hyper.memory, *histories]
+        return Captured(self, self.found, self.hyper.address, kept)
 
     def stream(self) -> int:
         """The caller's stream."""
         return current_stream(self.weight(), self.gpu.number)
 
-    def write(self, rows: np.ndarray, which: Sequence[int], norm: Norm | None, stream: int) -> None:
-        """Have hyper-parameters and tables in place when the stream gets there."""
+    @property
+    def sums(self) -> int:
+        """How many sums of squares of its gradients there are."""
+        return sum(placed.sums for placed in self.placed)
+
+    def come_to(self, stream: int) -> None:
+        """Let a stream wait for the one that was used last."""
         if stream != self._last:
             if self._last is not None:
                 self.gpu.after(stream, self._last)
             self._last = stream
+
+    def written(
+        self, rows: np.ndarray, which: Sequence[int], norm: Norm | None, stream: int, share: tuple[int, int]
+    ) -> bool:
+        """Whether `write` has nothing to do."""
+        if stream != self._last or self.made_on - {stream} or not self.ready(which, norm):
+            return False
+        return (norm is None or share == self._share) and self.hyper.has(rows, norm)
+
+    def write(
+        self,
+        rows: np.ndarray,
+        which: Sequence[int],
+        norm: Norm | None,
+        stream: int,
+        share: tuple[int, int] | None = None,
+    ) -> None:
+        """Have hyper-parameters and tables in place when the stream gets there.
+
+        Of the sums of squares, those of other devices included, its own are a share: where they begin among
+        all, and how many all are.
+        """
+        self.come_to(stream)
         if self.made_on:
             for other in self.made_on - {stream}:
                 self.gpu.after(stream, other)
@@ -146,43 +177,73 @@ class Part:
         if not self.ready(which, None):
             self._place(which, rows.shape[1], stream)
         self.hyper.write(rows, norm, stream)
-        if norm is not None and not self._with_norm:
-            self._with_norm = self._launches_of(self._norm_launches(rows.shape[1]))
+        share = share or (0, self.sums)
+        if norm is not None and self._share != share:
+            self._prepare_norm(rows.shape[1], share)
 
     def _place(self, which: Sequence[int], length: int, stream: int) -> None:
         """Have tables in place, with tensors' rows of hyper-parameters, which have that length."""
+        if self._frozen:
+            tables, self.placed, self._frozen = [placed.table for placed in self.placed], [], False
+            for table in tables:
+                self.placed.append(Placed(self.gpu, self.hyper, table))
+                self.placed[-1].take(table)
         for placed in self.placed:
             placed.place([length * which[self.members[k]] for k in placed.table.members], stream)
-        self._launches, self._with_norm = self._launches_of([]), []
+        self._launches, self._share = [*self._sorting(), *self._updates()], None
         self._which, self._at = which, self.hyper.address
 
-    def _launches_of(self, between: list[Any]) -> list[Any]:
-        """All that is launched in a step: something comes between sorting and updates."""
-        sorting = [launch for placed in self.placed for launch in placed.sorting]
-        return [*sorting, *between, *(launch for placed in self.placed for launch in placed.updates)]
+    def _sorting(self) -> list[Any]:
+        return [launch for placed in self.placed for launch in placed.sorting]
+
+    def _updates(self) -> list[Any]:
+        return [launch for placed in self.placed for launch in placed.updates]
 
     def ready(self, which: Sequence[int], norm: Norm | None) -> bool:
         """Whether all is in place, but for the values of hyper-parameters."""
         if self._at != self.hyper.address or self._which is None:
             return False
-        return (which is self._which or which == self._which) and (norm is None or bool(self._with_norm))
+        return (which is self._which or which == self._which) and (norm is None or self._share is not None)
 
     def launch(self, norm: Norm | None, stream: int) -> None:
-        """Launch the kernels of a step: nothing else happens to the stream."""
-        for launch in self._launches if norm is None else self._with_norm:
+        """Launch the kernels of a step, up to the sums of squares if there is a norm; nothing else."""
+        for launch in self._launches if norm is None else self._measuring:
             launch(stream)
 
-    def _norm_launches(self, length: int) -> list[Any]:
-        """What sums the squares of all gradients, and what settles what follows from that."""
+    def settle(self, stream: int) -> None:
+        """Launch what follows from the sums of squares, the updates included."""
+        for launch in self._settling:
+            launch(stream)
+
+    def fetch(self, other: Part, stream: int, from_stream: int) -> None:
+        """Have another device's sums of squares here, once they are there."""
+        assert other._share is not None
+        place = 8 * other._share[0]
+        self.gpu.after(stream, from_stream, other.gpu)
+        mine, theirs = self._partial.address + place, other._partial.address + place
+        self.gpu.bring(mine, other.gpu, theirs, 8 * other.sums, stream)
+
+    def _prepare_norm(self, length: int, share: tuple[int, int]) -> None:
+        """Be ready to sum the squares of all gradients, and to settle what follows from that."""
         loops, launch_of = kernels().loops, kernels().driver.Launch
-        count = sum(placed.sums for placed in self.placed)
-        partial, before = self._partial.fit(max(count, 1)), 0
-        launches = []
+        before, count = share
+        first, squares = self._partial.fit(max(count, 1)), []
         for placed in self.placed:
-            launches.append(placed.squares(partial + 8 * before))
+            squares.append(placed.squares(first + 8 * before))
             before += placed.sums
-        arguments = (self.hyper.address, self.hyper.room, length, partial, count)
-        return [*launches, launch_of(self.gpu, loops.clip_norm(), 1, loops.THREADS, arguments)]
+        arguments = (self.hyper.address, self.hyper.room, length, first, count)
+        settled = launch_of(self.gpu, loops.clip_norm(), 1, loops.THREADS, arguments)
+        self._measuring, self._settling = [*self._sorting(), *squares], [settled, *self._updates()]
+        self._share = share
+
+
+class Captured(NamedTuple):
+    """What a graph does on a device."""
+
+    part: Part
+    found: Found
+    hyper: int  # where the buffer of hyper-parameters was
+    kept: list[Any]  # what it has the addresses of
 
 
 def _weakly(value: Any) -> Callable[[], Any]:
@@ -205,9 +266,9 @@ class Prepared:
         self._known: list[Known] = []  # the columns that it is ready for
         self._asked: Any = None  # of their states and of sparse gradients, and where histories are
         self._kinds: list[Any] = []  # of the gradients
-        self._captured: list[tuple[Hyper, int, Part]] = []
+        self._captured: list[Captured] = []  # by the last graph
         self._captured_which: list[int] = []
-        self._kept: list[Any] = []  # what graphs have the addresses of
+        self._kept: list[list[Captured]] = []  # by any, as long as this is there
         self._exact = False  # whether rows catch up
 
     def take(self, request: device.Request, grads: Sequence[Any] | None = None) -> None:
@@ -253,62 +314,130 @@ class Prepared:
         places = np.array(list(map(address_of, grads)), np.uint64)
         return all(part.retake(places[part.members]) for part in self.parts)
 
-    def run(self, hyper: Any, which: Sequence[int], norm: Norm | None = None, graphs: bool = True) -> bool:
-        """Launch a step. False if it went into a graph: then nothing else did, and nothing else happened."""
-        if norm is not None and len(self.parts) > 1:
-            numbers = ", ".join(str(part.gpu.number) for part in self.parts)
-            raise ValueError(
-                "clip_global_norm and skip_nonfinite need all parameters on one device, "
-                f"but they are on CUDA devices {numbers}"
-            )
+    def run(
+        self,
+        hyper: Any,
+        which: Sequence[int],
+        norm: Norm | None = None,
+        *,
+        graphs: bool = True,
+        before: Callable[[], None] | None = None,
+        after: Sequence[partial[Any]] = (),
+    ) -> bool:
+        """Launch a step, and count it by what comes `after`; False if it went into a graph, uncounted.
+
+        Once nothing can go wrong any more comes what is to happen `before`. Signals wait meanwhile.
+        """
+        with interrupts.deferred():
+            launch, captured = self.launching(hyper, which, norm, graphs=graphs)
+            if before is not None:
+                before()
+            launch()
+            if not captured:
+                threads.run([], after)
+        return not captured
+
+    def launching(
+        self, hyper: Any, which: Sequence[int], norm: Norm | None = None, *, graphs: bool = True
+    ) -> tuple[Callable[[], None], bool]:
+        """What launches a step, for which all else is in place, and whether it goes into a graph."""
         streams = [part.stream() for part in self.parts]
         captured = [part.gpu.capturing(at) for part, at in zip(self.parts, streams, strict=True)]
         if any(captured):
-            if not graphs:
-                raise RuntimeError("only a step of a Trainer can be captured in a CUDA graph")
-            if self._exact:
-                raise RuntimeError("a step with sparse_update='exact' cannot be captured in a CUDA graph")
-            if not all(captured) or not all(part.ready(which, norm) for part in self.parts):
-                raise RuntimeError(UNPREPARED)
-            self._captured = [(part.hyper, part.hyper.address, part) for part in self.parts]
-            self._captured_which = list(which)
-        rows = np.asarray(hyper, np.float64)
-        with interrupts.deferred() if self._exact else nullcontext():
-            for part, stream, kept in zip(self.parts, streams, captured, strict=True):
+            self._check_capture(which, norm, graphs, all(captured))
+        else:
+            rows = np.asarray(hyper, np.float64)
+            shares = [(0, 0)] * len(streams) if norm is None else self._shares()
+            for part, stream, share in zip(self.parts, streams, shares, strict=True):
+                if not part.written(rows, which, norm, stream, share):
+                    with part.gpu.current():
+                        part.write(rows, which, norm, stream, share)
+        return partial(self._launch, norm, streams, list(which) if any(captured) else None), any(captured)
+
+    def _shares(self) -> list[tuple[int, int]]:
+        """Each device's share of the sums of squares, as `Part.write` has it."""
+        own = [part.sums for part in self.parts]
+        return [(sum(own[:k]), sum(own)) for k in range(len(own))]
+
+    def _check_capture(self, which: Sequence[int], norm: Norm | None, graphs: bool, everywhere: bool) -> None:
+        """Refuse a step that cannot go into a graph."""
+        if not graphs:
+            raise RuntimeError("only a step of a Trainer can be captured in a CUDA graph")
+        if norm is not None and len(self.parts) > 1:
+            raise RuntimeError(
+                "a norm over several devices cannot be captured in CUDA graphs: one device's graph "
+                "cannot wait for another's"
+            )
+        if not everywhere or not all(part.ready(which, norm) for part in self.parts):
+            raise RuntimeError(UNPREPARED)
+
+    def _launch(self, norm: Norm | None, streams: Sequence[int], captured: list[int] | None) -> None:
+        """Launch a step on these streams; if it is captured, with tensors' rows of hyper-parameters."""
+        parts = list(zip(self.parts, streams, strict=True))
+        for part, stream in parts:
+            with part.gpu.current():
+                if self._exact and captured is None and part.found is not None:
+                    part.record(part.found, stream)  # `refresh` does that before a graph is replayed
+                part.launch(norm, stream)
+        if norm is not None:
+            self._exchange(parts)
+            for part, stream in parts:
                 with part.gpu.current():
-                    if not kept:
-                        part.write(rows, which, norm, stream)
-                    if self._exact:
-                        part.follow(stream)
-                        part.catch_up(part.due(), stream)
-                        part.recorded()
-                    part.launch(norm, stream)
-        if any(captured):  # the graph has the tables for itself: later steps make others
-            self._kept += [part.give_up() for part in self.parts]
-            self._known = []
-        return not any(captured)
+                    part.settle(stream)
+        if captured is not None:  # which has the tables for itself: others are made where they would change
+            self._captured, self._captured_which = [part.freeze() for part in self.parts], captured
+            self._kept.append(self._captured)
+
+    @staticmethod
+    def _exchange(parts: Sequence[tuple[Part, int]]) -> None:
+        """Have all sums of squares on all devices, which add them in the same order."""
+        for part, stream in parts:
+            for other, from_stream in parts:
+                if other is not part and other.sums:
+                    part.fetch(other, stream, from_stream)
+        for part, stream in parts:  # whose own sums stay as they are until all others have them
+            for other, from_stream in parts:
+                if other is not part and part.sums:
+                    part.gpu.after(stream, from_stream, other.gpu)
 
     def flush(self) -> None:
         """Bring all rows up to date."""
         with interrupts.deferred():
             for part in self.parts:
                 with part.gpu.current():
-                    part.follow(part.stream())
-                    part.catch_up(part.behind(), part.stream())
+                    part.flush(part.stream())
 
-    def refresh(self, hyper: Any, which: Sequence[int], norm: Norm | None) -> None:
-        """Have hyper-parameters in place for the step that was captured last."""
+    def refresh(
+        self,
+        hyper: Any,
+        which: Sequence[int],
+        norm: Norm | None,
+        histories: Sequence[Any],
+        after: Sequence[partial[Any]],
+    ) -> None:
+        """Have all in place for the step that was captured last, and count it by what comes `after`.
+
+        The histories are those that the tensors have now.
+        """
         rows = np.asarray(hyper, np.float64)
-        same = all(buffer.address == at and buffer.holds(rows) for buffer, at, _ in self._captured)
+        same = all(part.hyper.address == at and part.hyper.holds(rows) for part, _, at, _ in self._captured)
         if not same or list(which) != self._captured_which:
             raise ValueError("other groups of hyper-parameters are in use since the step was captured")
-        for buffer, _, part in self._captured:
-            with part.gpu.current():
-                buffer.write(rows, norm, part.stream())
+        for part, found, *_ in self._captured:
+            if any(histories[part.members[t]] is not held for t, held in found.histories.items()):
+                raise ValueError("the steps that rows have yet to take are others since one was captured")
+        with interrupts.deferred():
+            for part, found, *_ in self._captured:
+                with part.gpu.current():
+                    stream = part.stream()
+                    part.come_to(stream)
+                    part.hyper.write(rows, norm, stream)
+                    part.record(found, stream)
+            threads.run([], after)
 
     def norm(self) -> float:
         """The norm of the last step's gradients; waits for the device."""
-        return float(self.parts[0].hyper.told()[NORM])
+        return float(self.parts[0].hyper.told()[NORM])  # all devices have the same
 
     def skipped(self) -> int:
         """How many steps the devices have left out; waits for them."""
@@ -319,8 +448,8 @@ class Prepared:
         return bool(self._told()[STRAY])
 
     def _told(self) -> np.ndarray:
-        """What the kernels of all devices have said, added up."""
-        return np.sum([part.hyper.told() for part in self._parts.values()], axis=0)
+        """What the kernels of all devices have said: a step that is skipped is so on all of them."""
+        return np.max([part.hyper.told() for part in self._parts.values()], axis=0)
 
 
 class Known:

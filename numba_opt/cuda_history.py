@@ -33,8 +33,8 @@ class History:
         loops, driver = cuda_arrays.kernels().loops, cuda_arrays.kernels().driver
         self._gpu, self._head = driver.device(kind.device), loops.COUNT
         self._memory = self._gpu.memory(loops.COUNT + self.room * kind.length * kind.real.itemsize)
+        self._gpu.assign(self.address, np.array([self.recorded, self.room], np.int64))
         if self.recorded:
-            self._gpu.assign(self.address, np.array([self.recorded], np.int64))
             self._gpu.assign(self.address + loops.COUNT, np.ascontiguousarray(rows, kind.real))
 
     @property

@@ -31,10 +31,19 @@ class Scratch:
         self._gpu = gpu
         self.memory: Any = None
 
+    def has(self, words: int) -> bool:
+        """Whether so many words fit."""
+        return self.memory is not None and bool(self.memory.size >= 8 * words)
+
     def fit(self, words: int) -> int:
         """The address of so many words."""
-        if self.memory is None or self.memory.size < 8 * words:
+        if not self.has(words):
             self.memory = self._gpu.memory(8 * words + words)  # some more, so that it happens rarely
+        return self.address
+
+    @property
+    def address(self) -> int:
+        """Where it is."""
         return int(self.memory.address)
 
 
@@ -92,10 +101,13 @@ class Hyper:
         """Whether there is room for such rows."""
         return HEAD + rows.size <= self.room
 
+    def has(self, rows: np.ndarray, norm: Norm | None) -> bool:
+        """Whether these are there, or will be once streams get there."""
+        return (norm, rows.tobytes()) == self._written
+
     def write(self, rows: np.ndarray, norm: Norm | None, stream: int) -> None:
         """Have rows written when the stream gets there, if they are not there already."""
-        wanted = norm, rows.tobytes()
-        if wanted == self._written:
+        if self.has(rows, norm):
             return
         numbers = self._numbers
         limit, guard = norm or (0.0, False)
@@ -103,7 +115,7 @@ class Hyper:
         numbers[HEAD : HEAD + rows.size] = rows.ravel()
         for launch in self._launches:
             launch(stream)
-        self._written = wanted
+        self._written = norm, rows.tobytes()
 
     def told(self) -> np.ndarray:
         """What kernels have said; waits for everything on the device."""
@@ -208,6 +220,26 @@ def late_tables(rule: execution.Rule, found: Found, late: Sequence[int]) -> Iter
         yield Table(f"late: {layout}", members, words, lines, kernel, None, (True, True))
 
 
+def over(gpu: Any, kernel: Any, units: int, arguments: tuple[int, ...], by_warps: bool | None) -> Any:
+    """A launch over so many units: of warps, of blocks, or (None) of threads."""
+    loops = kernels().loops
+    threads = loops.WARP * loops.WARPS if by_warps else loops.THREADS
+    share = loops.WARPS if by_warps else loops.THREADS if by_warps is None else 1
+    blocks = min(-(-units // share), gpu.processors * 8)
+    return kernels().driver.Launch(gpu, kernel, blocks, threads, arguments)
+
+
+def sorting(gpu: Any, integers: str, rows: int, count: int, height: int, place: int) -> tuple[list[Any], int]:
+    """What sorts the keys of row numbers, in memory for twice as many, and where they are then."""
+    loops = kernels().loops
+    source, target, run = place, place + 8 * count, loops.RUN
+    launches = [over(gpu, loops.keys(integers), -(-count // run), (rows, count, height, source), False)]
+    while run < count:
+        launches.append(over(gpu, loops.merge(), count, (source, count, run, target), None))
+        source, target, run = target, source, 2 * run
+    return launches, source
+
+
 class Placed:
     """A table in the device's memory, with the launches that take it."""
 
@@ -231,23 +263,13 @@ class Placed:
 
     def _sort(self, entry: np.ndarray, parts: cuda_sparse.Parts, place: int) -> int:
         """Have a gradient's keys sorted, in memory for twice as many; says where they are then."""
-        loops, count = kernels().loops, parts.units
-        source, target = place, place + 8 * count
-        first = (int(entry[1]), count, int(entry[4]), source)
-        run = loops.RUN
-        self.sorting.append(self._over(loops.keys(parts.integers), -(-count // run), first, False))
-        while run < count:
-            self.sorting.append(self._over(loops.merge(), count, (source, count, run, target)))
-            source, target, run = target, source, 2 * run
-        return source
+        rows, height = int(entry[1]), int(entry[4])
+        launches, sorted_keys = sorting(self._gpu, parts.integers, rows, parts.units, height, place)
+        self.sorting += launches
+        return sorted_keys
 
     def _over(self, kernel: Any, units: int, arguments: tuple[int, ...], by_warps: bool | None = None) -> Any:
-        """A launch over so many units: of warps, of blocks, or (None) of threads."""
-        loops = kernels().loops
-        threads = loops.WARP * loops.WARPS if by_warps else loops.THREADS
-        share = loops.WARPS if by_warps else loops.THREADS if by_warps is None else 1
-        blocks = min(-(-units // share), self._gpu.processors * 8)
-        return kernels().driver.Launch(self._gpu, kernel, blocks, threads, arguments)
+        return over(self._gpu, kernel, units, arguments, by_warps)
 
     def place(self, which: list[int], stream: int) -> None:
         """Have the table as it should be when the stream gets there, its tensors' rows beginning there."""

@@ -34,13 +34,24 @@ class Parts(NamedTuple):
         """All arrays whose addresses a kernel gets."""
         return [view for view in (self.data, self.numbers, self.columns) if view is not None]
 
+    @property
+    def entries(self) -> int:
+        """Parts, or what a CSR matrix has room for."""
+        entries = self.data.shadow.shape[0]
+        return int(entries if self.columns is None else min(entries, self.columns.shadow.size))
+
     def head(self, height: int, keys: int, late: tuple[int, int]) -> list[int]:
         """What the table says of it, the keys being at some address, as are stamps and history."""
-        entries = self.data.shadow.shape[0]
-        if self.columns is not None:
-            entries = min(entries, self.columns.shadow.size)
         columns = 0 if self.columns is None else place(self.columns.shadow)
-        return [place(self.data.shadow), place(self.numbers.shadow), columns, keys, height, entries, *late]
+        return [
+            place(self.data.shadow),
+            place(self.numbers.shadow),
+            columns,
+            keys,
+            height,
+            self.entries,
+            *late,
+        ]
 
 
 def is_sparse(grad: Any) -> bool:

@@ -539,8 +539,7 @@ class Optimizer:
     ) -> None:
         """The step of weights that are on GPUs."""
         prepared = self._prepare_on_cuda(request, stamps, indices)
-        prepared.run(plan.hyper, plan.which, graphs=False)
-        threads.run([], self._counting(plan))
+        prepared.run(plan.hyper, plan.which, graphs=False, after=self._counting(plan))
 
     def _prepare_on_cuda(
         self, request: device.Request, stamps: dict[int, Any], indices: Sequence[Index]

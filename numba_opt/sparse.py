@@ -224,6 +224,7 @@ def copied(grad: Any) -> Any:
 def as_plain(grad: Any) -> Any:
     """A sum of gradients as arrays and plain values."""
     if isinstance(grad, RowSparse):
+        grad = grad.to_host()
         return {"rows": grad.rows, "values": grad.values, "shape": list(grad.shape)}
     return grad
 

@@ -229,9 +229,11 @@ class Trainer:
         """Count a step that a captured CUDA graph is about to make, and set its hyper-parameters.
 
         Nothing that changes from step to step is in the graph: kernels read it from the device's memory, and
-        this writes it there, on the current stream, if it has changed. So call it before each replay, on the
-        same stream. The step that is captured is not made and not counted; the arrays must be those of an
-        earlier step, and this trainer must live as long as the graph.
+        this writes it there, on the current stream, if it has changed. With ``sparse_update="exact"`` it also
+        lets all rows catch up when there is no more room to record steps. So call it before each replay, on
+        the same stream. The step that is captured is not made and not counted; the arrays must be those of
+        an earlier step, and this trainer must live as long as the graph. A norm over several devices cannot
+        be captured, as one device's graph cannot wait for another's.
 
         Parameters
         ----------
@@ -241,7 +243,7 @@ class Trainer:
         Raises
         ------
         ValueError
-            No step has been captured, or what it used has been replaced since.
+            No step has been captured, or what it used has been replaced since, as by a checkpoint.
 
         Examples
         --------
@@ -284,7 +286,8 @@ class Trainer:
 
         Asking waits for the last step. On the CPU such a gradient is an error.
         """
-        return any(binding.strayed() for binding in self._cuda_bindings())
+        added = self._cuda_sums is not None and self._cuda_sums.strayed()
+        return added or any(binding.strayed() for binding in self._cuda_bindings())
 
     def _cuda_bindings(self) -> list[CudaBinding]:
         return [b for b in self._bindings.values() if isinstance(b, CudaBinding)]
@@ -319,14 +322,20 @@ class Trainer:
     def accumulate(self, grads: Params) -> None:
         """Add gradients, in place, to those of earlier calls; the next `step` takes the sum.
 
-        Half-precision gradients of float32 weights, or of weights with a float32 copy, add up in float32. On
-        a GPU the sums are there too, in memory that is kept for the next ones, and nobody waits for them; the
-        step must be on the same stream.
+        Half-precision gradients of float32 weights, or of weights with a float32 copy, add up in float32.
+        Sparse gradients stay so until a dense one is added. On a GPU the sums are there too, in memory that
+        is kept for the next ones, and nobody waits for them but where that grows; the step must be on the
+        same stream. They are added in the CPU's order, and equal its sums to the bit, but for float64 values
+        that are added up in float16 or bfloat16.
+
+        In a CUDA graph together with the step that takes them, calls of this are made again with each replay.
+        Make the same calls with the same arrays before the capture. In a graph of its own a call adds to the
+        sum, or begins it, as it would have when it was captured: capture and replay graphs in one order.
 
         Raises
         ------
         TypeError, ValueError
-            A gradient does not fit, or is a sparse one on a GPU; nothing has been added.
+            A gradient does not fit; nothing has been added.
         """
         claim = self._turn.claim("the trainer")
         try:
@@ -563,11 +572,14 @@ class Trainer:
                 else:
                     sums[t] = _like(weights[t])
                 pairs += checkpoint.pairs(sums[t], total, what)
-            elif self._on_cuda:
-                raise checkpoint.CheckpointError(f"{what} is sparse; on a GPU, dense ones add up")
             else:
                 with checkpoint.refusing(what):
-                    sums[t] = sparse.joined(None, sparse.RowSparse(**total), weights[t], what)
+                    rows = sparse.RowSparse(**total)
+                    if self._on_cuda:
+                        self._cuda_sums = self._cuda_sums or CudaSums(self._names)
+                        sums[t] = self._cuda_sums.restored(weights[t], rows, what)
+                    else:
+                        sums[t] = sparse.joined(None, rows, weights[t], what)
         own = {
             "_skipped_steps": self._skipped_steps + saved.skipped_steps - self.skipped_steps,
             "_sums": sums if any(total is not None for total in sums) else None,

@@ -282,7 +282,13 @@ def cuda_kernels(
     ]
     yield from (("dense", rule, 0, False, layout) for layout in sums for rule in (loops.begun, loops.plus))
     if sparse:
-        yield from (("keys", "i4"), ("keys", "i8"), ("merge",))
+        yield from (("keys", "i4"), ("keys", "i8"), ("merge",), ("vacate",))
+        for layout in sums:
+            code, total = layout.split()
+            yield from (("spread", total, every) for every in (False, True))
+            for form in ("rows i8", "rows i4", "csr i4", "csr i8"):
+                yield ("collect", total, f"{form} {code}")
+            yield ("collect", total, f"rows i8 {total}")
         for code in codes:
             yield from (("row_squares", "f8" if code == "f8" else "f4", form) for form in _forms(code))
     for optimizer, masters, torch in variants:

@@ -182,7 +182,9 @@ def test_what_warps_and_blocks_wait_for():
     "args",
     [
         *(("keys", "i4"), ("keys", "i8"), ("merge",), ("set_hyper",), ("clip_norm",)),
-        *(("record", 5, "f4"), ("record", 5, "f8"), ("forget",)),
+        *(("record", 5, "f4"), ("record", 5, "f8"), ("forget",), ("vacate",)),
+        *(("collect", "f4", "rows i8 f2"), ("collect", "f2", "csr i4 f4"), ("collect", "f8", "csr i8 f8")),
+        *(("spread", "f2", False), ("spread", "f4", True)),
     ],
 )
 def test_other_kernels(made, args):

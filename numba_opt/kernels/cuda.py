@@ -13,6 +13,7 @@ import numpy as np
 from numba import cuda
 
 from .cuda_buffer import GUARD, HEAD, LIMIT, OUT, RESCALE, ROOM, SKIP, SKIPPED, STRAY
+from .cuda_collect import collect, spread, vacate
 from .cuda_elements import moved, numbers, put
 from .cuda_loops import (
     CHUNK,
@@ -49,6 +50,7 @@ __all__ = [
     "WARPS",
     "begun",
     "clip_norm",
+    "collect",
     "dense",
     "forget",
     "keys",
@@ -59,7 +61,9 @@ __all__ = [
     "row_squares",
     "rows",
     "set_hyper",
+    "spread",
     "squares",
+    "vacate",
 ]
 
 

@@ -124,17 +124,24 @@ class Device:
         with self.current():
             call(driver.cuStreamSynchronize, stream)
 
+    def bring(self, address: int, owner: Device, source: int, size: int, stream: int) -> None:
+        """Copy another device's memory here, when the stream gets to it."""
+        contexts = self._current.context, owner._current.context
+        with self.current():
+            call(driver.cuMemcpyPeerAsync, address, contexts[0], source, contexts[1], size, stream)
+
     def capturing(self, stream: int) -> bool:
         """Whether what is launched on a stream goes into a graph, instead of being carried out."""
         with self.current():
             status = call(driver.cuStreamIsCapturing, stream)
         return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
-    def after(self, stream: int, other: int) -> None:
-        """Let a stream wait for what another one has been given so far."""
-        with self.current():
+    def after(self, stream: int, other: int, owner: Device | None = None) -> None:
+        """Let a stream wait for what another one, perhaps another device's, has been given so far."""
+        with (owner or self).current():
             mark = call(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
             call(driver.cuEventRecord, mark, other)
+        with self.current():
             call(driver.cuStreamWaitEvent, stream, mark, 0)
             call(driver.cuEventDestroy, mark)  # once it has happened
 
@@ -143,10 +150,10 @@ class Current:
     """A device's context, as a context of Python's."""
 
     def __init__(self, context: Any) -> None:
-        self._context = context
+        self.context = context
 
     def __enter__(self) -> None:
-        call(driver.cuCtxPushCurrent, self._context)
+        call(driver.cuCtxPushCurrent, self.context)
 
     def __exit__(self, *error: object) -> None:
         call(driver.cuCtxPopCurrent)
@@ -155,9 +162,10 @@ class Current:
 class Memory:
     """Some memory of a device."""
 
+    address = 0  # until there is some
+
     def __init__(self, device: Device, size: int) -> None:
         self._device, self.size = device, size
-        self.address = 0
         with device.current():
             self.address = int(call(driver.cuMemAlloc, max(size, 1)))
             call(driver.cuMemsetD8, self.address, 0, max(size, 1))
@@ -185,9 +193,10 @@ class Memory:
 class Pinned:
     """Some memory of the host that the device reads by itself, at a time of its own."""
 
+    address = 0  # until there is some
+
     def __init__(self, device: Device, size: int) -> None:
         self._device, self.size = device, size
-        self.address = 0
         with device.current():
             self._mark = call(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
             self.address = int(call(driver.cuMemHostAlloc, max(size, 1), 0))

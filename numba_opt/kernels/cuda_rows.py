@@ -41,7 +41,7 @@ RUN = 1024  # keys that a block sorts, in 16 KiB: 100,000 take 8 launches (from 
 
 HEADER = 8  # numbers before the addresses of arrays, in the table of `rows`
 
-COUNT = 16  # bytes of a history before its rows of hyper-parameters: how many there are, and nothing
+COUNT = 16  # bytes of a history before its rows of hyper-parameters: how many there are, and may be
 
 PLACE = (1 << 32) - 1  # the bits of a key that say where a touched row's part is; those above are the row
 
@@ -84,6 +84,7 @@ def rows(rule: Callable[..., Any], n_state: int, per_row: bool, layout: str, for
 
 
 NOTHING, STRAYED = -1, -2  # instead of the number of a row
+VACANT = -(1 << 63)  # instead of one in a block: nobody's place
 
 
 def bisection(key_at: Callable[..., Any]) -> Callable[..., Any]:
@@ -279,7 +280,7 @@ def record(length: int, weight: str) -> Kernel:
     """The kernel that appends a step's row of hyper-parameters to the history of each tensor of a table.
 
     ``kernel(table, columns, tensors, hyper, room)``, the table being that of `rows`. A step that is skipped
-    is not recorded.
+    is not recorded, nor is one for which a history has no room; whoever counts the steps sees to that.
     """
     place, stored = place_of_row(weight), compute_code(weight)
     size = SIZES[stored] * length
@@ -292,9 +293,10 @@ def record(length: int, weight: str) -> Kernel:
             entry = table + 8 * columns * t
             history = number_at(entry, 7)
             count = number_at(history, 0)
-            row = numbers(place(hyper, room, entry, columns), stored, length)
-            put(history + COUNT + size * count, stored, row)
-            put(history, "i8", (count + 1,))
+            if count < number_at(history, 1):
+                row = numbers(place(hyper, room, entry, columns), stored, length)
+                put(history + COUNT + size * count, stored, row)
+                put(history, "i8", (count + 1,))
             t += np.int64(cuda.gridDim.x) * cuda.blockDim.x
 
     return Kernel(kernel, ("record", length, weight), 5)
@@ -339,7 +341,7 @@ def keys(place: str) -> Kernel:
     """The kernel that makes keys of row numbers: the row in the upper half, its place in the lower one.
 
     ``kernel(rows, count, height, out)``. Rows outside come after all others, as if their number were
-    `height`. Each block sorts RUN keys in its own memory.
+    `height`; those that are VACANT come first, as NOTHING. Each block sorts RUN keys in its own memory.
     """
     wide = SIZES[place]
     place_of, room = placing(lambda keys, k: keys[0][keys[1] + k]), 2 * RUN
@@ -352,7 +354,8 @@ def keys(place: str) -> Kernel:
             k = thread
             while k < n:
                 row = np.int64(numbers(rows + wide * (first + k), place, 1)[0])
-                row = row if 0 <= row < height else height
+                if not 0 <= row < height:
+                    row = np.int64(NOTHING) if row == VACANT else height
                 held[k] = (row << 32) | (first + k)
                 k += cuda.blockDim.x
             cuda.syncthreads()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from _thread import get_ident
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +29,7 @@ def deferred() -> Iterator[None]:
     (`numba_opt.kernels.threads.run`). The compiler does, which would lose an exception that a handler raises
     while LLVM calls Python, and so does what launches several kernels on a GPU.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if get_ident() != threading.main_thread().ident:
         yield  # signals are handled in the main thread
         return
     came: list[int] = []
@@ -39,7 +40,8 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _every([partial(set_handler, *pair) for pair in handlers])
-        _every([partial(signal.raise_signal, number) for number in dict.fromkeys(came)])
+        if came:
+            _every([partial(signal.raise_signal, number) for number in dict.fromkeys(came)])
 
 
 def _every(calls: Sequence[partial[Any]]) -> None:

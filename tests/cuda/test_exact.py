@@ -221,6 +221,10 @@ def test_what_is_warmed_up(driver, name, mode):
     for _ in range(3):
         trainer.accumulate(arrays.on_gpu(call.grads))
     trainer.step()
+    for grad in (block(), csr()):
+        trainer.accumulate([on_gpu(grad)] * 3)
+    trainer.accumulate(arrays.on_gpu(call.grads))
+    trainer.step([on_gpu(csr())] * 3)
     trainer.flush()
     driver.finish()
     used = {program.key for program in driver.covered}
@@ -272,18 +276,6 @@ def test_a_trainer_catches_up(bad, tmp_path):
     cpu.flush()
     found, expected = ([*t.params.values(), *table.leaves(list(t.states.values()))] for t in (gpu, cpu))
     table.assert_near(arrays.on_cpu(found), expected, 1e-6)
-
-
-def test_what_catches_up_is_not_captured(driver):
-    pair = Pair(table.row("nag"))
-    trainer = numba_opt.Trainer(pair.weights[0], pair.optimizers[0])
-    grad = on_gpu(block([1]))
-    trainer.step([grad])
-    with (
-        driver.capture(0),
-        pytest.raises(RuntimeError, match="sparse_update='exact' cannot be captured"),
-    ):
-        trainer.step([grad])
 
 
 @pytest.mark.parametrize("marks", [[-(10**12)] * 9, [10**12] * 9])

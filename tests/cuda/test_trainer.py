@@ -350,12 +350,6 @@ def test_accumulated_gradients_are_saved(tmp_path):
     cpu.step(theirs)
     agree(gpu, cpu)
     agree(other, cpu)
-    trainer = numba_opt.Trainer([np.zeros((9, 6), "f4")], "nag")
-    trainer.accumulate([numba_opt.RowSparse([1], np.ones((1, 6), "f4"), (9, 6))])
-    with pytest.raises(numba_opt.checkpoint.CheckpointError, match="is sparse; on a GPU, dense ones add up"):
-        numba_opt.Trainer([arrays.on_gpu(np.zeros((9, 6), "f4"))], "nag").load_state_dict(
-            trainer.state_dict()
-        )
 
 
 def test_a_refused_step_keeps_what_was_accumulated():
@@ -384,9 +378,9 @@ def test_a_refused_step_keeps_what_was_accumulated():
          lambda g: arrays.on_gpu(g.array.astype("f8"))),
         (ValueError, "gradient of parameter '1' is on CUDA device 1; expected device 0",
          lambda g: elsewhere(g)),
-        (TypeError, "gradient of parameter '1' is sparse; on a GPU, accumulate takes dense ones",
+        (ValueError, r"gradient of parameter '1' has shape \(8, 15\); expected \(8, 16\)",
          lambda g: numba_opt.RowSparse(arrays.on_gpu(np.zeros(1, "i8")),
-                                       arrays.on_gpu(np.zeros((1, 16), "f4")), (8, 16))),
+                                       arrays.on_gpu(np.zeros((1, 15), "f4")), (8, 15))),
     ],
 )  # fmt: skip
 def test_gradients_that_cannot_be_added(driver, error, message, change):
@@ -404,24 +398,6 @@ def test_gradients_that_cannot_be_added(driver, error, message, change):
         assert len(gpu._sums or ()) == len(before)
         table.assert_bits(arrays.on_cpu(gpu._sums or []), before)
         gpu.accumulate(ours)
-
-
-def test_sums_are_not_captured(driver):
-    row = table.row("nag")
-    gpu, _, ours, _ = twins(row, table.make(row, SHAPES))
-    for _ in range(2):
-        gpu.accumulate(ours)
-    gpu.step()
-    for _ in range(2):
-        gpu.accumulate(ours)
-    before = [total.array.copy() for total in gpu._sums]
-    for call in (gpu.accumulate, gpu.step):
-        with (
-            driver.capture(0),
-            pytest.raises(RuntimeError, match="only a step of a Trainer can be captured"),
-        ):
-            call(ours)
-    table.assert_bits(arrays.on_cpu(gpu._sums), before)
 
 
 # ---------------------------------------------------------------- errors
@@ -487,10 +463,6 @@ def test_other_refusals():
         table.build(row).fused_step([0], call.weights, grads, call.states)
     with pytest.raises(ValueError, match="params are on the CPU and on GPUs"):
         numba_opt.Trainer([weights[0], call.weights[0]], "nag")
-    on_both = [weights[0], elsewhere(weights[0])]
-    trainer = numba_opt.Trainer(on_both, "nag", clip_global_norm=1)
-    with pytest.raises(ValueError, match="need all parameters on one device"):
-        trainer.step([grads[0], elsewhere(grads[0])])
 
 
 def test_two_devices():
@@ -543,6 +515,18 @@ def test_fresh_tensors_of_torch(driver, monkeypatch):
 
         def data_ptr(self):
             return self.address
+
+        def is_neg(self):
+            return False
+
+        def numel(self):
+            return self.size
+
+        def storage_offset(self):
+            return 0
+
+        def untyped_storage(self):
+            return SimpleNamespace(nbytes=lambda: self.array.nbytes)
 
         def stride(self):
             return tuple(stride // self.array.itemsize for stride in self.array.strides)

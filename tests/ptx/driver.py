@@ -263,6 +263,17 @@ class Driver(Queues):
 
         return self._submit(stream, act, "copy")
 
+    def cuMemcpyPeerAsync(self, *given: Any) -> tuple[int]:
+        address, to, source, owner, size, stream = given
+        places = self.memories[to.number].owns(address) and self.memories[owner.number].owns(source)
+        if not places or to.number != self._here():
+            return (INVALID,)
+
+        def act() -> None:
+            self._checked(address, size)[:] = self._checked(source, size)
+
+        return self._submit(stream, act, "peer")
+
     def cuMemcpyHtoD(self, address: int, source: int, size: int) -> tuple[int]:
         if self._captures:
             return (CAPTURE,)
