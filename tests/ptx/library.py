@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from .translating import Program
 
 FOLDER = Path(__file__).parents[2] / ".pytest_cache" / "d" / "ptx"
 KEPT = 4  # states of the sources whose kernels are kept
+THIS_PROCESS = secrets.token_hex(8)  # alone uses kernels whose rules reach what no fingerprint tells
 
 
 def program(kernel: Any, capability: tuple[int, int] = (9, 0)) -> Program:
@@ -66,20 +68,20 @@ def _from_disk(kernel: Any, capability: tuple[int, int]) -> Program:
 
 
 def _path(kernel: Any, capability: tuple[int, int]) -> Path:
-    from numba_opt.kernels import cache as product
+    from numba_opt.kernels.fingerprint import UNTOLD, fingerprint
 
-    key = [product.fingerprint(part) if callable(part) else part for part in kernel.key]
-    name = _digest(repr((key, capability)).encode())
+    key = repr(([fingerprint(part) if callable(part) else part for part in kernel.key], capability))
+    name = _digest((key + THIS_PROCESS * (UNTOLD in key)).encode())
     return _folder() / f"{kernel.key[0]}-{capability[0]}{capability[1]}-{name}.ptx"
 
 
 @cache
 def _folder() -> Path:
     """Where kernels of the package's sources as they are go; those of the oldest states are thrown away."""
-    from numba_opt.kernels import cache as product
     from numba_opt.kernels import cuda_code
+    from numba_opt.kernels.fingerprint import SOURCES
 
-    folder = FOLDER / _digest(product.SOURCES + repr((cuda_code._versions(), sys.version)).encode())
+    folder = FOLDER / _digest(SOURCES + repr((cuda_code._versions(), sys.version)).encode())
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # another process may do the same
         os.utime(folder)
