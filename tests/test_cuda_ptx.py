@@ -38,13 +38,13 @@ MERGED = ("ftml-reduced",)
 
 @pytest.fixture(scope="module")
 def made():
-    """A function that compiles a kernel and counts."""
-    from numba_opt.kernels import cuda, cuda_code
+    """A function that compiles a kernel and counts, or finds both where they are kept."""
+    from numba_opt.kernels import cuda
+
+    from .ptx import library
 
     def make(name, *args, capability=(9, 0)):
-        kernel = getattr(cuda, name)(*args)
-        major, minor = capability
-        return ptx.count(cuda_code.ptx(kernel, capability), f"sm_{major}{minor}")
+        return library.counts(getattr(cuda, name)(*args), capability)
 
     return make
 

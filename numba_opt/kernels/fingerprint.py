@@ -22,6 +22,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -377,10 +378,11 @@ def _own_sources() -> bytes:
 SOURCES = _own_sources()
 
 
-def global_names(code: types.CodeType) -> list[str]:
+@lru_cache(256)  # taking a function apart takes longer than all else that a look at it does
+def global_names(code: types.CodeType) -> tuple[str, ...]:
     """The global names that a function looks up, nested functions included."""
     found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return sorted(found.union(*map(global_names, _nested(code))))
+    return tuple(sorted(found.union(*map(global_names, _nested(code)))))
 
 
 def _attributes(code: types.CodeType) -> tuple[str, ...]:

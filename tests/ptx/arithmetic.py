@@ -33,7 +33,7 @@ class Form(NamedTuple):
 def device_nan(x: Any) -> Any:
     """With the device's NaN in the place of any other."""
     bad = x != x
-    return np.where(bad, NAN[x.dtype.str[1:]], x) if np.any(bad) else x
+    return np.where(bad, NAN[x.dtype.str[1:]], x) if bad.any() else x
 
 
 def shifted_left(x: Any, by: Any) -> Any:

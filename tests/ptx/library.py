@@ -1,13 +1,14 @@
 """Compiled kernels, kept from test to test and from run to run, by several processes at once.
 
 Compiling one takes some half a second. They are in a folder of the suite's own (that of pytest's cache),
-under the same keys as the package's own cache has, and taken apart already.
+and taken apart already; a kernel's key is what a GPU's kernels are made of, and what its rule reaches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import secrets
@@ -18,10 +19,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # perf is not installed
+
+from perf import ptx
+
 from .translating import Program
 
 FOLDER = Path(__file__).parents[2] / ".pytest_cache" / "d" / "ptx"
 KEPT = 4  # states of the sources whose kernels are kept
+# What is compiled for a GPU has nothing of these; an edit of them compiles none of it anew.
+FOR_THE_CPU = {
+    *("cache", "counters", "cpu", "cuda_driver", "dlpack", "fingerprint", "interrupts", "merge"),
+    *("ndarray", "private", "threads"),
+}
 THIS_PROCESS = secrets.token_hex(8)  # alone uses kernels whose rules reach what no fingerprint tells
 
 
@@ -58,6 +68,24 @@ def text(kernel: Any, capability: tuple[int, int] = (9, 0)) -> str:
     return path.read_text()
 
 
+def counts(kernel: Any, capability: tuple[int, int] = (9, 0)) -> ptx.Counts:
+    """What there is in a kernel's PTX, and what the assembler says of it."""
+    path = _path(kernel, capability).with_suffix(f".{_assembler()}.json")
+    with contextlib.suppress(OSError, ValueError):
+        return ptx.Counts(*json.loads(path.read_text()))
+    found = ptx.count(text(kernel, capability), f"sm_{capability[0]}{capability[1]}")
+    _write(path, json.dumps(found).encode())
+    return found
+
+
+@cache
+def _assembler() -> str:
+    """What counts depend on beside a kernel's text."""
+    tools = [Path(tool) for tool in map(ptx.tool, ("ptxas", "nvdisasm")) if tool]
+    told = [(str(tool), tool.stat().st_size, tool.stat().st_mtime_ns) for tool in tools]
+    return _digest(Path(ptx.__file__).read_bytes() + repr(told).encode())[:8]
+
+
 def _from_disk(kernel: Any, capability: tuple[int, int]) -> Program:
     path = _path(kernel, capability).with_suffix(f".{_own_sources()}.pickle")
     with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
@@ -68,10 +96,12 @@ def _from_disk(kernel: Any, capability: tuple[int, int]) -> Program:
 
 
 def _path(kernel: Any, capability: tuple[int, int]) -> Path:
-    from numba_opt.kernels.fingerprint import UNTOLD, fingerprint
+    from numba_opt.kernels.fingerprint import look
 
-    key = repr(([fingerprint(part) if callable(part) else part for part in kernel.key], capability))
-    name = _digest((key + THIS_PROCESS * (UNTOLD in key)).encode())
+    rules = [look(part) for part in kernel.key if callable(part)]
+    others = [part for part in kernel.key if not callable(part)]
+    alone = "" if all(rule.told for rule in rules) else THIS_PROCESS
+    name = _digest(repr((others, [rule.digest for rule in rules], capability, alone)).encode())
     return _folder() / f"{kernel.key[0]}-{capability[0]}{capability[1]}-{name}.ptx"
 
 
@@ -79,9 +109,10 @@ def _path(kernel: Any, capability: tuple[int, int]) -> Path:
 def _folder() -> Path:
     """Where kernels of the package's sources as they are go; those of the oldest states are thrown away."""
     from numba_opt.kernels import cuda_code
-    from numba_opt.kernels.fingerprint import SOURCES
 
-    folder = FOLDER / _digest(SOURCES + repr((cuda_code._versions(), sys.version)).encode())
+    paths = sorted(Path(cuda_code.__file__).parent.glob("*.py"))
+    sources = b"".join(path.read_bytes() for path in paths if path.stem not in FOR_THE_CPU)
+    folder = FOLDER / _digest(sources + repr((cuda_code._versions(), sys.version)).encode())
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # another process may do the same
         os.utime(folder)

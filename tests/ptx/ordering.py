@@ -40,22 +40,26 @@ class Log:
 
 
 class Accesses:
-    """Accesses in units of bytes, as columns."""
-
-    NAMES = ("place", "lane", "wrote", "value", "key", "block_met", "warp_met")
+    """Accesses in units of bytes, as columns; those that few launches ask for are made by `complete`."""
 
     def __init__(self, entries: list[tuple[Any, ...]]) -> None:
         unit = min(entry[3] for entry in entries)
-        parts: list[list[Any]] = [[] for _ in self.NAMES]
-        for key, places, lanes, size, count, values, met in entries:
-            n = len(lanes)
-            for k in range(count):
-                for at in range(0, size, unit):
-                    value = np.zeros(n, "u8") if values is None else _part(values[k], at, unit, n)
-                    row = (places + (k * size + at), lanes, np.full(n, values is not None), value)
-                    for part, column in zip(parts, (*row, np.full(n, key), *met), strict=True):
-                        part.append(column)
-        self.columns = dict(zip(self.NAMES, map(np.concatenate, parts), strict=True))
+        self._entries = [(entry, entry[3] * entry[4] // unit) for entry in entries]
+        self._lengths = [units * len(entry[2]) for entry, units in self._entries]
+        steps = {units: np.arange(0, units * unit, unit) for _, units in self._entries}
+        self.columns = {
+            "place": np.concatenate([(e[1][:, None] + steps[units]).ravel() for e, units in self._entries]),
+            "lane": np.concatenate([np.repeat(e[2], units) for e, units in self._entries]),
+            "wrote": np.repeat([e[5] is not None for e, _ in self._entries], self._lengths),
+            "value": np.concatenate([_written(*e[2:6], unit) for e, _ in self._entries]),
+        }
+
+    def complete(self) -> None:
+        """Add which instruction an access is, and how often threads have met before it."""
+        self.columns["key"] = np.repeat([e[0] for e, _ in self._entries], self._lengths)
+        for number, name in enumerate(("block_met", "warp_met")):
+            parts = [np.repeat(e[6][number], units) for e, units in self._entries]
+            self.columns[name] = np.concatenate(parts)
 
     def __getattr__(self, name: str) -> np.ndarray:
         return self.columns[name]
@@ -64,10 +68,14 @@ class Accesses:
         self.columns = {name: column[which] for name, column in self.columns.items()}
 
 
-def _part(value: Any, at: int, unit: int, n: int) -> np.ndarray:
-    """So many bytes of the words that threads write."""
-    words = np.broadcast_to(value, n).astype("u8") >> np.uint64(8 * at)
-    return words & np.uint64((1 << 8 * unit) - 1)
+def _written(lanes: np.ndarray, size: int, count: int, values: Any, unit: int) -> np.ndarray:
+    """What threads write, in units of bytes; zeros if they only read."""
+    if values is None:
+        return np.zeros(len(lanes) * size * count // unit, "u8")
+    words = np.empty((len(lanes), count), f"u{size}")
+    for k, value in enumerate(values):
+        words[:, k] = value
+    return words.view(f"u{unit}").ravel().astype("u8")
 
 
 class Groups:
@@ -133,6 +141,8 @@ def _leave_out_harmless(found: Accesses) -> None:
     """Bytes that one thread alone uses, that nobody writes, or that only ever get one value."""
     groups = Groups(found.place)
     bad = _conflicts(groups, found.lane, found)
+    if bad.any():
+        found.complete()
     keep = np.zeros(len(found.place), bool)
     keep[groups.order] = bad[groups.of]
     found.keep(keep)
