@@ -32,8 +32,8 @@ class Limits(NamedTuple):
 
 
 # Counted with CPython 3.11: 1090 to 1167 bytecodes in a step of a Trainer, whatever the number of tensors;
-# 1240 to 1383 in an update, and 37 for each tensor whose state is a tuple. Other versions of Python have other
-# bytecodes, so there is room for half more.
+# 1240 to 1383 in an update, and 37 for each tensor whose state is a tuple. Other versions of Python have
+# others, so there is room for half more.
 STEP, UPDATE = Limits(1700, 40, 1), Limits(2050, 70, 55)
 ROOM = 64 << 10  # bytes that a step may take and give back, however large the tensors are
 LEAST, USUAL = 0.2, 1.0  # of a plain loop's speed: what is asked for, and what a quiet machine shows

@@ -173,19 +173,19 @@ NAMES = ["nag", "rmsprop-centered", "adamax"]
 
 def test_editing_a_rule_recompiles_just_that_rule(filled, found, package):
     files, before = entries(filled), found(NAMES)
-    edit(package, "rmsprop.py", "maximum(var - mean * mean, 0)", "maximum(var - mean * mean, 1)")
+    edit(package, "optimizers/rmsprop.py", "maximum(var - mean * mean, 0)", "maximum(var - mean * mean, 1)")
     after = process(filled, RUN, *NAMES, package=package)
     assert len(after["compiled"]) == 1
     assert [name for name in NAMES if after["found"][name] != before[name]] == ["rmsprop-centered"]
     grown = entries(filled)
     assert len(grown) == len(files) + 1
     assert files.items() <= grown.items()
-    edit(package, "rmsprop.py", "maximum(var - mean * mean, 1)", "maximum(var - mean * mean, 0)")
+    edit(package, "optimizers/rmsprop.py", "maximum(var - mean * mean, 1)", "maximum(var - mean * mean, 0)")
     assert process(filled, RUN, *NAMES, package=package) == {"found": before, "compiled": []}
 
 
 def test_editing_a_comment_recompiles_nothing(filled, found, package):
-    edit(package, "adamax.py", "def adamax(", "# a remark\n\n\ndef adamax(")
+    edit(package, "optimizers/adamax.py", "def adamax(", "# a remark\n\n\ndef adamax(")
     assert process(filled, RUN, *NAMES, package=package) == {"found": found(NAMES), "compiled": []}
 
 
