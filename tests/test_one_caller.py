@@ -348,8 +348,8 @@ came = 0
 while came < int(sys.argv[2]):
     try:
         k = 0
+        signal.setitimer(signal.ITIMER_REAL, rng.random() * 3 * usual + 1e-5)
         while True:
-            signal.setitimer(signal.ITIMER_REAL, rng.random() * 2 * usual + 1e-5)
             calls(k)
             k += 1
     except Limit:
