@@ -58,7 +58,7 @@ def test_register_warns_when_a_name_is_taken(registry):
     class NAG(numba_opt.Optimizer):
         pass
 
-    with pytest.warns(UserWarning, match=r"NAG replaces numba_opt\.nag\.NAG"):
+    with pytest.warns(UserWarning, match=r"NAG replaces numba_opt\.optimizers\.nag\.NAG"):
         numba_opt.register(NAG)
     assert registry["nag"] is NAG
 
