@@ -61,20 +61,23 @@ def buffers(trainer):
     return [part.hyper for part in binding.prepared.parts]
 
 
-def test_steps_in_a_row(driver):
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_in_a_row(seed):
     """Nobody looks at what the devices do meanwhile: a sum is not overwritten while another device has yet
     to fetch it."""
-    gpu, cpu, ours, theirs = twins("adamax", clip_global_norm=0.5)
-    for lr in (0.1, 0.2, 0.3, 0.4):
-        for trainer, grads in ((gpu, ours), (cpu, theirs)):
-            trainer.set_learning_rate(lr)
-            trainer.step(grads)
-    agree(gpu, cpu)
-    driver.finish()
-    before = driver.reads
-    gpu.step(ours)
-    assert driver.reads == before
-    assert driver.launches.count("peer") == 2 * 5
+    with installed(Driver(seed=seed)) as driver:
+        gpu, cpu, _, theirs = twins(where=(0, 1), shapes=[5, 7], clip_global_norm=0.5)
+        kept = []
+        for scale in range(1, 41):
+            fresh = [np.float32(scale % 7 + 1) * grad for grad in theirs]
+            kept.append([arrays.on_gpu(grad, n) for n, grad in enumerate(fresh)])
+            gpu.step(kept[-1])
+            cpu.step(fresh)
+        agree(gpu, cpu)
+        before = driver.reads
+        gpu.step(kept[-1])
+        assert driver.reads == before
+        assert driver.launches.count("peer") == 2 * 41
 
 
 @pytest.mark.parametrize("t", range(4))
