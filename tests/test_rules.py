@@ -565,7 +565,7 @@ def test_rules_of_the_torch_front():
     assert {cls for cls, _ in options} == {getattr(front, name) for name in front.__all__}
     for cls, given in options:
         optimizer = cls([torch.ones(2, 2)], lr=0.1, **given)
-        for formula in optimizer._current():
+        for formula in optimizer._current(optimizer.param_groups):
             kind = formula.kind
             checked = rules.check(cls.__name__, kind.rule.function, kind.states, kind.rule.per_row)
             assert checked == kind.rule
