@@ -37,25 +37,29 @@ class Turn:
             A call is under way in this thread.
         """
         mine = Claim((get_ident(), _process))
-        place = {"claim": weakref.ref(mine)}
-        while True:
-            last = self._last
-            if "next" in last:
-                self._last = last["next"]
-                continue
-            owner = last["claim"]()
-            if owner is None or owner[1] is not _process:  # threads do not live on in a forked child
-                if last.setdefault("next", place) is place:  # the first to come has it
-                    self._last = place
-                    return mine
-                continue
-            same = owner[0] == mine[0]
-            if same and again:
-                return owner
-            del owner  # which an error's traceback would hold
-            if same:
-                raise RuntimeError(f"{what} is in use already: a call of it is under way in this thread")
-            time.sleep(PAUSE)
+        owner: Any = None
+        try:
+            place = {"claim": weakref.ref(mine)}
+            while True:
+                last = self._last
+                if "next" in last:
+                    self._last = last["next"]
+                    continue
+                owner = last["claim"]()
+                if owner is None or owner[1] is not _process:  # threads do not live on in a forked child
+                    if last.setdefault("next", place) is place:  # the first to come has it
+                        self._last = place
+                        return mine
+                    continue
+                if owner[0] == mine[0]:
+                    if again:
+                        return owner
+                    raise RuntimeError(f"{what} is in use already: a call of it is under way in this thread")
+                owner = None
+                time.sleep(PAUSE)
+        except BaseException:
+            del mine, owner  # which the traceback would hold, for as long as somebody keeps the error
+            raise
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Turn, ()

@@ -195,6 +195,7 @@ def test_no_states_yet():
 
 
 def assert_refused(updater, content, match=None):
+    updater.optimizer._rule()  # is looked at once
     states, optimizer = dict(updater.states), dict(vars(updater.optimizer))
     before = table.content(list(states.values()))
     with pytest.raises(CheckpointError, match=match):
@@ -493,7 +494,7 @@ def test_coefficients_that_the_rule_does_not_take():
     updater, _ = trained(table.row("rmsprop"))
     described = checkpoint.describe(updater.optimizer)
     described["hyper"]["centered"] = True
-    assert_refused(updater, content_of({0: A}, described), "RMSProp has 9 coefficients; its rule takes 8")
+    assert_refused(updater, content_of({0: A}, described), r"takes 5 coefficients .* hyper returned 6")
 
 
 def test_states_of_one_s_own_making():
