@@ -202,6 +202,7 @@ def test_signals_at_any_moment():
                 until = time.monotonic() + 0.05  # an exception in a destructor or a GC callback is not heard
                 while time.monotonic() < until:
                     optimizer.step()
+                signal.setitimer(signal.ITIMER_REAL, 0)
             except TimeOutError:
                 pass
     finally:
