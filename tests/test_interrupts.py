@@ -73,6 +73,7 @@ class Training:
 
 
 @POSIX
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some come in GC callbacks
 @pytest.mark.parametrize("form", sparse_gradients())
 def test_a_handler_that_raises(form, monkeypatch):
     """Nothing comes out but what it raises, at whatever point of a step it comes."""

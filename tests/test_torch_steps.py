@@ -174,6 +174,7 @@ def test_a_step_is_made_wholly_or_not_at_all(kind):
     assert ends == {False, True}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some come in GC callbacks
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such timers here")
 def test_signals_at_any_moment():
     """Handlers that raise, and handlers that step."""
