@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent
+# As `numba_opt.compiler.fingerprint` has them, which must not be imported yet.
+SOURCES = ("scalar.py", "compiler/*.py", "cpu/*.py", "cuda/*.py", "torch/counters.py", "torch/dlpack.py")
 KEPT = 3  # states of the kernels' sources whose compiled kernels are kept
 MOST = 8  # processes of `-n auto`: each takes up to 1 GB
 
 # Modules in which no examples are looked for: they have none, or what they import is not here.
-NEEDED = {"numba_opt/torch*": ["torch"], "numba_opt/demo/*": ["matplotlib", "sklearn", "tqdm"]}
-collect_ignore_glob = ["numba_opt/kernels/cuda*.py"]
+NEEDED = {"numba_opt/torch/*": ["torch"], "numba_opt/demo/*": ["matplotlib", "sklearn", "tqdm"]}
+collect_ignore_glob = ["numba_opt/cuda/*.py"]
 collect_ignore_glob += [modules for modules, names in NEEDED.items() if None in map(find_spec, names)]
 
 
@@ -43,8 +45,9 @@ def kernels_folder(parent: Path) -> Path:
     that were not used for the longest time go.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted((ROOT / "numba_opt" / "kernels").glob("*.py")):
-        digest.update(path.read_bytes())
+    for pattern in SOURCES:
+        for path in sorted((ROOT / "numba_opt").glob(pattern)):
+            digest.update(path.read_bytes())
     folder = parent / "kernels" / digest.hexdigest()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.utime(folder)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import checkpoint, contrib, lr_scheduler
+from . import contrib, lr_scheduler
+from .cpu.sparse import RowSparse
+from .io import checkpoint
 from .optimizer import Optimizer, create, register
 from .optimizers import FTML, NAG, Adamax, GroupAdaGrad, RMSProp
-from .sparse import RowSparse
+from .tools.warmup import warmup
 from .trainer import Trainer
 from .updater import Updater, get_updater
-from .warmup import warmup
 
 __all__ = [
     "FTML",

@@ -1,6 +1,6 @@
 """``python -m numba_opt``: the same as the command ``numba-opt``."""
 
-from .cli import main
+from .tools.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

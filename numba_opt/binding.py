@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import cuda, execution
-from .cuda_memory import Norm
-from .kernels import ndarray, threads
+from .cpu import execution, ndarray, threads
+from .cuda import execution as cuda_execution
+from .cuda.memory import Norm
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -159,7 +159,7 @@ class CudaBinding(Binding):
     """The same on GPUs, where the norm of gradients is not known to the host."""
 
     def prepare(self, optimizer: Optimizer) -> Any:
-        return cuda.Prepared(optimizer._rule())
+        return cuda_execution.Prepared(optimizer._rule())
 
     def bind(self, optimizer: Optimizer) -> None:
         self.catch_up(optimizer)

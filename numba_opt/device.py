@@ -2,7 +2,7 @@
 
 Kernels work on raw addresses, so this is the border where memory safety is decided. `bind` takes the
 arrays of one call and returns what the kernels need, or raises before anything has been written. Plain
-NumPy arrays are read in bulk (`numba_opt.kernels.ndarray`); anything else is looked at one by one, and
+NumPy arrays are read in bulk (`numba_opt.cpu.ndarray`); anything else is looked at one by one, and
 what a kernel cannot take as it lies (a strided view, a misaligned array) is worked on in a copy that is
 written back.
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kernels import ndarray
+from .cpu import ndarray
 
 Columns = Sequence[Sequence[Any]]
 
@@ -27,7 +27,7 @@ STATE_DTYPES = {"float32": "f4", "bfloat16": "b2", "float16": "f2"}  # to be ask
 
 
 class Table(NamedTuple):
-    """The tensors of a call that are stored alike, as a kernel takes them (`numba_opt.kernels.cpu`)."""
+    """The tensors of a call that are stored alike, as a kernel takes them (`numba_opt.cpu.loops`)."""
 
     layout: str
     members: np.ndarray  # their positions in the call's lists
@@ -262,7 +262,7 @@ def as_single(weight: Any, what: str) -> np.ndarray:
 
 
 def on_cuda(value: Any) -> bool:
-    """Whether an array is on a GPU: what decides between `numba_opt.execution` and `numba_opt.cuda`."""
+    """Whether an array is on a GPU: what decides between `numba_opt.cpu.execution` and `numba_opt.cuda`."""
     if isinstance(value, np.ndarray):
         return False
     tensor = loaded("torch", "Tensor")
@@ -424,7 +424,7 @@ def _share(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _ask(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
-    """What `numba_opt.kernels.ndarray.read` finds, from each array's own word."""
+    """What `numba_opt.cpu.ndarray.read` finds, from each array's own word."""
     weights = columns[1]
     width = [w.size // w.shape[0] if w.ndim and w.shape[0] else 1 for w in weights]
     blank = [0] * len(weights)

@@ -14,10 +14,16 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from . import arguments, cuda, cuda_arrays, cuda_history, device, execution, rules, sparse
-from .kernels import ndarray, rounding, threads
+from . import arguments, device
+from .compiler import rounding
+from .core import rules
+from .core.rules import Rule
+from .core.torch_form import TorchForm
+from .cpu import execution, ndarray, sparse, threads
+from .cuda import arrays as cuda_arrays
+from .cuda import execution as cuda_execution
+from .cuda import history as cuda_history
 from .lr_scheduler import LRScheduler
-from .torch_form import TorchForm
 
 __all__ = ["Optimizer", "create", "register"]
 
@@ -96,7 +102,7 @@ class Optimizer:
     ----------
     rule : callable
         ``rule(weight, grad, *states, *hyper) -> (weight, *states)``, on scalars or on whole arrays, with
-        the functions of `numba_opt.kernels.scalar`. Where `per_row` is set it gets the mean square of the
+        the functions of `numba_opt.scalar`. Where `per_row` is set it gets the mean square of the
         gradient's row after the states. A plain function, without stars or defaults. Globals, closures and
         helpers that it uses are compiled in: numbers that change belong into `hyper`, and to rebind one of
         the others after the first use is an error.
@@ -107,7 +113,7 @@ class Optimizer:
     variants : tuple of dict
         Options with which the class has each of its rules: what there is to warm up.
     torch_form : type, optional
-        A `numba_opt.torch_form.TorchForm`: the class of this optimizer in `numba_opt.torch`.
+        A `numba_opt.core.torch_form.TorchForm`: the class of this optimizer in `numba_opt.torch`.
     num_update : int
         The largest number of updates that any parameter has had.
 
@@ -121,7 +127,7 @@ class Optimizer:
     An optimizer of one's own, compiled and parallel:
 
     >>> import numpy as np, numba_opt
-    >>> from numba_opt.kernels.scalar import sign
+    >>> from numba_opt.scalar import sign
     >>> @numba_opt.register
     ... class SignSGD(numba_opt.Optimizer):
     ...     def rule(weight, grad, lr):
@@ -203,7 +209,7 @@ class Optimizer:
         self.wd_mult: dict[Index, float] = {}
         self._history: dict[Index, execution.History | cuda_history.History] = {}
         self._prepared: list[Any] = []
-        self._prepared_on_cuda: dict[Any, cuda.Prepared] = {}
+        self._prepared_on_cuda: dict[Any, cuda_execution.Prepared] = {}
         self._owner: Callable[[], Any] = _nobody
 
     def _join(self, scheduler: Any) -> None:
@@ -543,10 +549,10 @@ class Optimizer:
 
     def _prepare_on_cuda(
         self, request: device.Request, stamps: dict[int, Any], indices: Sequence[Index]
-    ) -> cuda.Prepared:
+    ) -> cuda_execution.Prepared:
         """A call's arrays, checked and ready."""
         key = (tuple(indices), self._rule())
-        prepared = self._prepared_on_cuda.setdefault(key, cuda.Prepared(self._rule()))
+        prepared = self._prepared_on_cuda.setdefault(key, cuda_execution.Prepared(self._rule()))
         prepared.take(self._with_histories(request, stamps, indices))
         return prepared
 
@@ -569,7 +575,7 @@ class Optimizer:
         self._plan(indices)
         request, stamps = self._request(indices, weights, grads, states, self.multi_precision)
         if any(map(device.on_cuda, weights)):
-            cuda.bind(request._replace(stamps=stamps))
+            cuda_execution.bind(request._replace(stamps=stamps))
         else:
             self._assemble(*self._take_sparse(request), stamps, indices)
 
@@ -760,7 +766,7 @@ class Optimizer:
             raise ValueError(f"hyper-parameters must be finite, got {', '.join(bad) or row}")
         return row
 
-    def _rule(self) -> execution.Rule:
+    def _rule(self) -> Rule:
         """The rule, checked as it is now."""
         checked = self._checked
         if checked is None or not checked.holds(self):

@@ -17,12 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from . import arguments, checkpoint, cuda, cuda_arrays, device, sparse
+from . import arguments, device
 from .binding import Binding, CudaBinding
-from .cuda_sums import CudaSums
-from .kernels import interrupts, ndarray, threads
+from .compiler import interrupts
+from .core.turn import Claim, Turn
+from .cpu import ndarray, sparse, threads
+from .cuda import arrays as cuda_arrays
+from .cuda import execution as cuda_execution
+from .cuda.sums import CudaSums
+from .io import checkpoint
 from .optimizer import RATES, Optimizer, create
-from .turn import Claim, Turn
 
 __all__ = ["Trainer"]
 
@@ -161,7 +165,7 @@ class Trainer:
         self._counted: tuple[Any, ...] = ()  # by which binding the last step was counted, and as of what
         everything = list(range(len(self._names)))
         if self._on_cuda:
-            cuda.check(self._request(everything, [None] * len(everything))[0])
+            cuda_execution.check(self._request(everything, [None] * len(everything))[0])
         else:
             device.bind(self._request(everything, [_like(w) for w in self._weights(everything)])[0])
         self.freeze(freeze)

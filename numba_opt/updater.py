@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import checkpoint, device
+from . import device
+from .cpu import threads
+from .cpu.execution import History
 from .errors import CheckpointError
-from .execution import History
-from .found import by_index, part, shown
-from .kernels import threads
+from .io import checkpoint
+from .io.found import by_index, part, shown
 from .optimizer import Index, Optimizer
 
 __all__ = ["Updater", "get_updater"]

@@ -103,8 +103,8 @@ def kernels() -> Iterator[tuple[str, Any, Any]]:
     three optimizers also those for sparse gradients that mean all rows.
     """
     import numba_opt
-    from numba_opt.kernels import cuda as loops
-    from numba_opt.warmup import _instances, cuda_kernels
+    from numba_opt.cuda import kernels as loops
+    from numba_opt.tools.warmup import _instances, cuda_kernels
 
     variants = _instances(None)
     single = [*cuda_kernels(variants, ["f4"], sparse=True)]
@@ -126,7 +126,7 @@ def table(chosen: Any = None) -> str:
     """The report, in Markdown."""
     from importlib.metadata import version
 
-    from numba_opt.kernels import cuda_code
+    from numba_opt.cuda import code as cuda_code
 
     lines = [
         f"numba-cuda {version('numba-cuda')}, {datetime.date.today().isoformat()}. "

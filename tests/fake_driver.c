@@ -1,5 +1,5 @@
 /* A CUDA driver of one device whose memory is the host's. It takes kernels and launches, and runs none: what
-   `numba_opt.kernels.cuda_driver` asks of the real one, and in what form, can be seen without a GPU. */
+   `numba_opt.cuda.driver` asks of the real one, and in what form, can be seen without a GPU. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>

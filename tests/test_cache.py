@@ -17,9 +17,9 @@ from numba import njit
 from numba.extending import overload, register_jitable
 
 import numba_opt
-from numba_opt import info
-from numba_opt.kernels import cache, fingerprint, private
-from numba_opt.kernels.scalar import absolute, sqrt
+from numba_opt.compiler import cache, fingerprint, private
+from numba_opt.scalar import absolute, sqrt
+from numba_opt.tools import info
 
 from .scripts import COMPILED, environment, result
 
@@ -358,7 +358,7 @@ import numpy as np
 import numba_opt
 import helpers, pkg
 from pkg import mod
-from numba_opt.kernels import cache
+from numba_opt.compiler import cache
 
 def using_a_module(weight, grad, lr):
     return (weight - helpers.scale(grad),)
@@ -605,7 +605,7 @@ def test_what_is_no_plain_file(place, tmp_path, kind):
 
 @POSIX
 def test_a_distrusted_cache_is_said_and_does_no_harm(place, capsys):
-    from numba_opt import cli
+    from numba_opt.tools import cli
 
     cache.write(place, b"content")
     found = info.cache_usage()
@@ -616,7 +616,7 @@ def test_a_distrusted_cache_is_said_and_does_no_harm(place, capsys):
     assert (found["entries"], found["trusted"], found["why"]) == (1, False, reason)
     assert cli.main(["info"]) == 0
     assert f", not trusted, as {reason}: kernels are compiled in each process" in capsys.readouterr().out
-    assert not sys.modules["numba_opt.warmup"]._writable()  # which is what a warm-up says at its end
+    assert not sys.modules["numba_opt.tools.warmup"]._writable()  # which is what a warm-up says at its end
     assert place.parent.joinpath(place.name).exists()
     assert len(everything_under(place.parent)) == 1
     assert cli.main(["warmup", "--clear"]) == 0
@@ -651,7 +651,7 @@ WITHOUT = "numba_opt needs Numba's compiler: unset NUMBA_DISABLE_JIT, or numba.c
 
 
 @pytest.mark.parametrize("how", ["environment", "config"])
-@pytest.mark.parametrize("name", ["numba_opt", "numba_opt.torch", "numba_opt.kernels.scalar"])
+@pytest.mark.parametrize("name", ["numba_opt", "numba_opt.torch", "numba_opt.scalar"])
 def test_without_a_compiler(how, name):
     script = "import numba\nnumba.config.DISABLE_JIT = True\n" if how == "config" else ""
     env = environment(**({"NUMBA_DISABLE_JIT": 1} if how == "environment" else {}))

@@ -16,8 +16,9 @@ import pytest
 import safetensors.numpy
 
 import numba_opt
-from numba_opt import Trainer, checkpoint, lr_scheduler
-from numba_opt.checkpoint import CheckpointError
+from numba_opt import Trainer, lr_scheduler
+from numba_opt.io import checkpoint
+from numba_opt.io.checkpoint import CheckpointError
 
 from . import table
 from .test_trainer import SHAPES, snapshot, unchanged

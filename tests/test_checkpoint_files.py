@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numba_opt import Trainer, files, tensor_file
-from numba_opt.checkpoint import CheckpointError
+from numba_opt import Trainer
+from numba_opt.io import files, tensor_file
+from numba_opt.io.checkpoint import CheckpointError
 
 from . import scripts
 from .test_checkpoint import posix_only, python, small

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import numba_opt
-from numba_opt import checkpoint, lr_scheduler, tensor_file
-from numba_opt.checkpoint import CheckpointError
+from numba_opt import lr_scheduler
+from numba_opt.io import checkpoint, tensor_file
+from numba_opt.io.checkpoint import CheckpointError
 
 from .interruptions import interrupted, moments
 from .test_trainer import snapshot

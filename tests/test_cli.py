@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt import bench, cli, info
-from numba_opt.kernels import cache, threads
+from numba_opt.compiler import cache
+from numba_opt.cpu import threads
+from numba_opt.tools import bench, cli, info
 
 from .scripts import awaited, environment
 

@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def kernel(name):
-    from numba_opt.kernels import cuda
+    from numba_opt.cuda import kernels as cuda
 
     rule = table.build(table.row("groupadagrad"))._rule()
     return {

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import pytest
 
 import numba_opt
-from numba_opt import cli, cuda_arrays
+from numba_opt.cuda import arrays as cuda_arrays
+from numba_opt.tools import cli
 
 from .scripts import printed
 

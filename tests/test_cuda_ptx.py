@@ -39,7 +39,7 @@ MERGED = ("ftml-reduced",)
 @pytest.fixture(scope="module")
 def made():
     """A function that compiles a kernel and counts, or finds both where they are kept."""
-    from numba_opt.kernels import cuda
+    from numba_opt.cuda import kernels as cuda
 
     from .ptx import library
 
@@ -108,7 +108,7 @@ def test_dense_kernels_of_other_layouts(made, layout, loads, stores):
 @pytest.mark.parametrize("name", ["begun", "plus"])
 @pytest.mark.parametrize("layout", ["f4 f4", "f8 f8", "f2 f4", "b2 f4", "f2 f2"])
 def test_accumulation(made, name, layout):
-    from numba_opt.kernels import cuda
+    from numba_opt.cuda import kernels as cuda
 
     found = made("dense", getattr(cuda, name), 0, False, layout)
     check(found)
@@ -166,7 +166,8 @@ def test_squares(made, code):
 
 def test_what_warps_and_blocks_wait_for():
     """A row's state is written before the next of its steps reads it; a block sorts in its own memory."""
-    from numba_opt.kernels import cuda, cuda_code
+    from numba_opt.cuda import code as cuda_code
+    from numba_opt.cuda import kernels as cuda
 
     rule = table.build(table.row("groupadagrad"))._rule()
     late = cuda_code.ptx(cuda.late(*rule, "f4 f4", "csr i4 f4"), (9, 0))
@@ -195,7 +196,8 @@ def test_kernels_are_kept(tmp_path, monkeypatch):
     """A kernel is compiled once, and found on disk by whoever asks next."""
     import numba
 
-    from numba_opt.kernels import cuda, cuda_code
+    from numba_opt.cuda import code as cuda_code
+    from numba_opt.cuda import kernels as cuda
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     cuda_code.compiled.cache_clear()

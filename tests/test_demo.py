@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt import cli
+from numba_opt.tools import cli
 
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt import RowSparse, cuda_arrays
+from numba_opt import RowSparse
+from numba_opt.cuda import arrays as cuda_arrays
 
 from . import table
 

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt import execution
-from numba_opt.kernels import threads
+from numba_opt.cpu import execution, threads
 
 from .table import Row, each, leaves, make, row
 

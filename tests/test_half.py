@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt.kernels import cpu
+from numba_opt.cpu import loops as cpu
 
 from . import table
 from .scripts import printed
@@ -80,7 +80,7 @@ GENERIC = """
 import warnings
 import numpy as np
 from numba.core.registry import cpu_target
-from numba_opt.kernels import half
+from numba_opt.compiler import half
 from tests import table, test_half, test_rounding, test_state_dtype
 
 assert not half.converts_half(cpu_target.target_context)

@@ -15,7 +15,7 @@ import scipy.sparse as ss
 
 import numba_opt
 from numba_opt import RowSparse
-from numba_opt.kernels import threads
+from numba_opt.cpu import threads
 
 from . import table
 from .scripts import printed
@@ -220,7 +220,7 @@ def test_a_stack_that_is_nearly_full():
 PRELUDE = """
 import ctypes, sys, threading, time
 import numpy as np, numba_opt
-from numba_opt.kernels import threads
+from numba_opt.cpu import threads
 
 def step():
     weight = np.ones(1_000_000, "f4")

@@ -22,7 +22,7 @@ PRELUDE = """
 import json, sys
 import numpy as np
 from numba.core import event
-from numba_opt.kernels import cache
+from numba_opt.compiler import cache
 
 made, compiled, plain = [], [], cache.compiled
 
@@ -42,7 +42,7 @@ cache.compiled = record
 event.register("numba:compile", Listener())
 
 import numba_opt
-from numba_opt.kernels.scalar import sign
+from numba_opt.scalar import sign
 """
 
 # Both paths on the table's rows; `difference` shows where a kernel is not the rule.
@@ -202,8 +202,8 @@ def fused(name):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("kernels/scalar.py", "abs(x)", "abs(x) + x * 0 + 1"),  # what rules are written with
-        ("kernels/elements.py", "clip(rescale * grad, bound)", "clip(rescale * grad * 2, bound)"),
+        ("scalar.py", "abs(x)", "abs(x) + x * 0 + 1"),  # what rules are written with
+        ("compiler/elements.py", "clip(rescale * grad, bound)", "clip(rescale * grad * 2, bound)"),
     ],
 )
 def test_editing_what_rules_call_recompiles(filled, found, package, file, old, new):

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numba_opt
-from numba_opt import Trainer, checkpoint, lr_scheduler
-from numba_opt.checkpoint import CheckpointError
+from numba_opt import Trainer, lr_scheduler
+from numba_opt.io import checkpoint
+from numba_opt.io.checkpoint import CheckpointError
 
 from .interruptions import interrupted, moments
 from .test_checkpoint_fuzz import altered, fuzz, values

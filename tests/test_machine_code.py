@@ -60,7 +60,8 @@ OLD = [*FEW[:1], FEW[2], "rmsprop f4 f4 sb2"]  # without F16C, float16 is conver
 COMPILE = """
 import json, sys
 from numba.core.registry import cpu_target
-from numba_opt.kernels import cache, cpu, half
+from numba_opt.compiler import cache, half
+from numba_opt.cpu import loops as cpu
 from tests import table
 
 cache.KernelCache.load_overload = lambda *args: None  # the code of a kept kernel cannot be read

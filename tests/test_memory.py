@@ -10,8 +10,9 @@ import pytest
 import scipy.sparse as ss
 
 import numba_opt
-from numba_opt import RowSparse, device, execution, sparse
-from numba_opt.kernels import cpu, threads
+from numba_opt import RowSparse, device
+from numba_opt.cpu import execution, sparse, threads
+from numba_opt.cpu import loops as cpu
 
 from . import table
 from .scripts import printed
@@ -22,7 +23,7 @@ PRELUDE = """
 import resource, sys, threading, time
 import numpy as np, numba_opt
 from numba_opt import RowSparse, Trainer
-from numba_opt.kernels import threads
+from numba_opt.cpu import threads
 from tests import table
 """
 

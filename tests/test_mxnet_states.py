@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numba_opt
-from numba_opt import mxnet_states
-from numba_opt.checkpoint import CheckpointError
-from numba_opt.mxnet_states import load_mxnet_optimizer, load_mxnet_states, parse
+from numba_opt.io import mxnet_states
+from numba_opt.io.checkpoint import CheckpointError
+from numba_opt.io.mxnet_states import load_mxnet_optimizer, load_mxnet_states, parse
 
 GOLDEN = Path(__file__).parent / "golden"
 SAVED = {case["file"]: case for case in json.loads((GOLDEN / "cases.json").read_text())["states"]}

@@ -14,9 +14,9 @@ import pytest
 
 import numba_opt
 from numba_opt import RowSparse, Trainer
-from numba_opt.execution import History
+from numba_opt.core.turn import Turn
+from numba_opt.cpu.execution import History
 from numba_opt.trainer import UNASKED
-from numba_opt.turn import Turn
 
 from . import table
 from .scripts import result

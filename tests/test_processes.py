@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from numba_opt.kernels import cpu
+from numba_opt.cpu import loops as cpu
 
 from .scripts import COMPILED, result
 
@@ -245,7 +245,7 @@ INTERRUPTS = """
 import itertools, json, os, random, signal, sys, threading, time
 import numpy as np
 import numba_opt
-from numba_opt.kernels import cache
+from numba_opt.compiler import cache
 
 rng = random.Random(int(sys.argv[2]))
 names, shape = [0, 1, 2], (700, 600)
@@ -370,7 +370,7 @@ SQUARES = (
 import json, os
 import numba
 import numpy as np
-from numba_opt.kernels import cpu, threads
+from numba_opt.cpu import loops as cpu, threads
 
 def squares():
     array, total = np.ones(300_000, np.float32), np.zeros((19, 1))

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numba_opt.kernels import cpu, ndarray, threads
+from numba_opt.cpu import loops as cpu
+from numba_opt.cpu import ndarray, threads
 
 from . import table
 

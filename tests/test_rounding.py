@@ -13,7 +13,8 @@ import pytest
 from scipy import stats
 
 import numba_opt
-from numba_opt.kernels import cpu, rounding
+from numba_opt.compiler import rounding
+from numba_opt.cpu import loops as cpu
 
 from . import table
 from .test_state_dtype import DTYPES, assert_same, own, wide
@@ -315,14 +316,14 @@ def test_any_number_of_threads(name, choice, monkeypatch):
     row = table.row(name)
     found = []
     for count in (1, 2, 5):
-        monkeypatch.setattr("numba_opt.kernels.threads.count", lambda n=count: n)
+        monkeypatch.setattr("numba_opt.cpu.threads.count", lambda n=count: n)
         optimizer, call = make(row, choice, [(700, 450), (1, 1), (33, 7)])
         for _ in range(2):
             optimizer.update(*call)
         found.append(table.outputs(call))
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
-    monkeypatch.setattr("numba_opt.kernels.threads.count", lambda: 2)
+    monkeypatch.setattr("numba_opt.cpu.threads.count", lambda: 2)
     optimizer, call = make(row, choice, [(700, 450), (1, 1), (33, 7)])
     for _ in range(2):
         optimizer.update([2, 1, 0], *(column[::-1] for column in call[1:]))

@@ -11,8 +11,8 @@ import pytest
 from numba import njit
 
 import numba_opt
-from numba_opt import rules
-from numba_opt.kernels.scalar import sqrt
+from numba_opt.core import rules
+from numba_opt.scalar import sqrt
 
 from . import table
 
@@ -270,7 +270,8 @@ def test_a_warm_up_says_what_does_not_compile():
 def test_machine_code_for_a_gpu():
     pytest.importorskip("numba.cuda.dispatcher")
     pytest.importorskip("cuda.bindings.nvjitlink")
-    from numba_opt.kernels import cuda, cuda_code
+    from numba_opt.cuda import code as cuda_code
+    from numba_opt.cuda import kernels as cuda
 
     rule = variant(rule=staticmethod(calls_python))(learning_rate=0.25)._rule()
     with pytest.raises(TypeError, match="does not compile: Untyped global name 'helper'") as info:

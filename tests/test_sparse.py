@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 import numba_opt
 from numba_opt import RowSparse, Trainer, lr_scheduler
-from numba_opt.kernels import cache, threads
+from numba_opt.compiler import cache
+from numba_opt.cpu import threads
 
 from . import table
 from .scripts import printed
@@ -1495,7 +1496,7 @@ import ctypes, mmap, sys, warnings
 import numpy as np, scipy.sparse as ss
 import numba_opt
 from numba_opt import RowSparse, Trainer, execution, sparse
-from numba_opt.kernels import merge, threads
+from numba_opt.cpu import merge, threads
 from tests import table
 
 PAGE = mmap.PAGESIZE

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt.checkpoint import CheckpointError
-from numba_opt.warmup import _instances, _kernels
+from numba_opt.io.checkpoint import CheckpointError
+from numba_opt.tools.warmup import _instances, _kernels
 
 from . import table
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from numba_opt.kernels import threads
+from numba_opt.cpu import threads
 
 from . import table
 from .scripts import printed
@@ -17,7 +17,7 @@ PRELUDE = """
 import os, threading
 import numba, numpy as np, numba_opt
 from numba.np.ufunc import parallel
-from numba_opt.kernels import threads
+from numba_opt.cpu import threads
 from tests import table
 
 def helpers():

@@ -21,8 +21,8 @@ from . import table
 torch = pytest.importorskip("torch")
 
 import numba_opt.torch as front  # noqa: E402
-from numba_opt import torch_tensors  # noqa: E402
-from numba_opt.torch_tensors import check_gradient  # noqa: E402
+from numba_opt.torch import tensors as torch_tensors  # noqa: E402
+from numba_opt.torch.tensors import check_gradient  # noqa: E402
 
 # Ours, torch's, and options that make them the same.
 PAIRS = [

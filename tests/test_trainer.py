@@ -18,7 +18,7 @@ import pytest
 
 import numba_opt
 from numba_opt import Trainer, lr_scheduler
-from numba_opt.kernels import threads
+from numba_opt.cpu import threads
 
 from . import table
 

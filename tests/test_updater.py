@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt import checkpoint, lr_scheduler
-from numba_opt.checkpoint import CheckpointError
+from numba_opt import lr_scheduler
+from numba_opt.io import checkpoint
+from numba_opt.io.checkpoint import CheckpointError
 
 from . import table
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt.kernels import cache
+from numba_opt.compiler import cache
 
 from .scripts import COMPILED, awaited, environment, result
 
-MODULE = sys.modules["numba_opt.warmup"]  # the package's attribute is the function
+MODULE = sys.modules["numba_opt.tools.warmup"]  # the package's attribute is the function
 
 PRELUDE = (
     COMPILED
@@ -27,7 +27,7 @@ import json, os, sys
 import numpy as np
 import numba_opt
 
-work = sys.modules["numba_opt.warmup"]
+work = sys.modules["numba_opt.tools.warmup"]
 """
 )
 
@@ -44,7 +44,7 @@ def files(folder):
 # ---------------------------------------------------------------- what is kept is light to load
 
 LOGARITHM = """
-from numba_opt.kernels.scalar import exp, log
+from numba_opt.scalar import exp, log
 
 class Entropic(numba_opt.Optimizer):
     def __init__(self, **kwargs):

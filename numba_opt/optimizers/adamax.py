@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import arguments
-from ..kernels.scalar import absolute, maximum
+from ..core.torch_form import TorchForm, Variant, betas, number
 from ..optimizer import Optimizer, register
-from ..torch_form import TorchForm, Variant, betas, number
+from ..scalar import absolute, maximum
 
 __all__ = ["Adamax"]
 

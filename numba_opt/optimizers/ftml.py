@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import arguments
-from ..kernels.scalar import sqrt, where
+from ..core.torch_form import TorchForm, betas, number
 from ..optimizer import Optimizer, register
-from ..torch_form import TorchForm, betas, number
+from ..scalar import sqrt, where
 
 __all__ = ["FTML"]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import arguments
-from ..kernels.scalar import sqrt
+from ..core.torch_form import TorchForm, number
 from ..optimizer import Optimizer, register
-from ..torch_form import TorchForm, number
+from ..scalar import sqrt
 
 __all__ = ["GroupAdaGrad"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import arguments
+from ..core.torch_form import TorchForm, Variant, number
 from ..optimizer import Optimizer, register
-from ..torch_form import TorchForm, Variant, number
 
 __all__ = ["NAG"]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from .. import arguments
-from ..kernels.scalar import clip, maximum, sqrt
+from ..core.torch_form import TorchForm, Variant, number
 from ..optimizer import Optimizer, register
-from ..torch_form import TorchForm, Variant, number
+from ..scalar import clip, maximum, sqrt
 
 __all__ = ["RMSProp"]
 

@@ -134,7 +134,7 @@ def test_catching_up_with_distinct_rows_and_other_dimensions():
 
 def test_many_steps(monkeypatch):
     """The history is of a fixed length: once it is full, all rows catch up. Nothing else can be told."""
-    monkeypatch.setattr(numba_opt.cuda_history, "ROOM", 3)
+    monkeypatch.setattr(numba_opt.cuda.history, "ROOM", 3)
     pair = Pair(table.row("ftml"))
     for n in range(8):
         pair.step(block([n % 2, 5], seed=n))
@@ -206,8 +206,8 @@ def test_moving_in_the_middle(there):
 @pytest.mark.parametrize("mode", ["lazy", "dense", "exact"])
 def test_what_is_warmed_up(driver, name, mode):
     """Whatever a trainer launches is among what `warmup` compiles."""
-    from numba_opt.kernels import cuda as loops
-    from numba_opt.warmup import _instances, cuda_kernels
+    from numba_opt.cuda import kernels as loops
+    from numba_opt.tools.warmup import _instances, cuda_kernels
 
     row = table.row(name)
     call = table.make(row, [SHAPE] * 3)

@@ -40,7 +40,7 @@ def agree(gpu, cpu):
 
 def test_rows_that_catch_up(driver, monkeypatch):
     """More steps than a history has room for, with other rows and rates each time, and eager ones between."""
-    monkeypatch.setattr(numba_opt.cuda_history, "ROOM", 3)
+    monkeypatch.setattr(numba_opt.cuda.history, "ROOM", 3)
     gpu, cpu = twins(sparse_update="exact")
     theirs = block([1, 7, 7, 2])
     ours = given(theirs)
@@ -101,7 +101,7 @@ def test_histories_that_are_replaced(driver):
 
 def test_replays_that_nobody_announces(driver, monkeypatch):
     """A history is not written behind its end."""
-    monkeypatch.setattr(numba_opt.cuda_history, "ROOM", 3)
+    monkeypatch.setattr(numba_opt.cuda.history, "ROOM", 3)
     gpu, _ = twins(sparse_update="exact")
     grad = given(block([1, 7]))
     gpu.step([grad])

@@ -11,9 +11,9 @@ import ml_dtypes  # noqa: F401  bfloat16 needs it
 import pytest
 import torch
 
-import numba_opt.cuda
+import numba_opt.cuda.execution
 import numba_opt.torch as front
-from numba_opt import torch_tensors
+from numba_opt.torch import tensors as torch_tensors
 
 from .. import cuda_torch, table
 
@@ -354,8 +354,8 @@ def test_what_cannot_be_captured(driver):
 
 def test_what_is_warmed_up(driver):
     """Whatever the front launches is among what `warmup` compiles for the optimizer that it belongs to."""
-    from numba_opt.kernels import cuda as loops
-    from numba_opt.warmup import _instances, cuda_kernels
+    from numba_opt.cuda import kernels as loops
+    from numba_opt.tools.warmup import _instances, cuda_kernels
 
     classes = [*TORCH, (front.GroupAdaGrad, {"formula": "mxnet"}), (front.FTML, {"formula": "mxnet"})]
     ready = {

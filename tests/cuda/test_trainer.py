@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt import cuda_arrays
+from numba_opt.cuda import arrays as cuda_arrays
 
 from .. import table
 from ..ptx import arrays
@@ -479,7 +479,7 @@ def test_two_devices():
 
 
 def test_streams(driver):
-    import numba_opt.cuda
+    import numba_opt.cuda.execution
 
     row = table.row("nag")
     gpu, _, ours, _ = twins(row, table.make(row, [3]))

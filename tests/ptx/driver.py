@@ -337,8 +337,8 @@ def installed(driver: Driver) -> Iterator[Driver]:
     """While this lasts, the package has a driver that is none, and everything else as it is."""
     from unittest import mock
 
-    from numba_opt import cuda_arrays
-    from numba_opt.kernels import cuda_driver
+    from numba_opt.cuda import arrays as cuda_arrays
+    from numba_opt.cuda import driver as cuda_driver
 
     from .arrays import DeviceArray
 

@@ -27,16 +27,17 @@ from .translating import Program
 
 FOLDER = Path(__file__).parents[2] / ".pytest_cache" / "d" / "ptx"
 KEPT = 4  # states of the sources whose kernels are kept
-# What is compiled for a GPU has nothing of these; an edit of them compiles none of it anew.
-FOR_THE_CPU = {
-    *("cache", "counters", "cpu", "cuda_driver", "dlpack", "fingerprint", "interrupts", "merge"),
-    *("ndarray", "private", "threads"),
-}
+# What is compiled for a GPU has something of these; an edit of others compiles none of it anew.
+SOURCES = [
+    "scalar.py",
+    *(f"compiler/{name}.py" for name in ("elements", "half", "rounding")),
+    *(f"cuda/{name}.py" for name in ("buffer", "code", "collect", "elements", "kernels", "loops", "rows")),
+]
 THIS_PROCESS = secrets.token_hex(8)  # alone uses kernels whose rules reach what no fingerprint tells
 
 
 def program(kernel: Any, capability: tuple[int, int] = (9, 0)) -> Program:
-    """A kernel of `numba_opt.kernels.cuda` that can be run."""
+    """A kernel of `numba_opt.cuda.kernels` that can be run."""
     return _program(kernel.key, capability, kernel)
 
 
@@ -58,7 +59,7 @@ def title(kernel: Any) -> str:
 
 def text(kernel: Any, capability: tuple[int, int] = (9, 0)) -> str:
     """A kernel's PTX."""
-    from numba_opt.kernels import cuda_code
+    from numba_opt.cuda import code as cuda_code
 
     path = _path(kernel, capability)
     if not path.exists():
@@ -96,7 +97,7 @@ def _from_disk(kernel: Any, capability: tuple[int, int]) -> Program:
 
 
 def _path(kernel: Any, capability: tuple[int, int]) -> Path:
-    from numba_opt.kernels.fingerprint import look
+    from numba_opt.compiler.fingerprint import look
 
     rules = [look(part) for part in kernel.key if callable(part)]
     others = [part for part in kernel.key if not callable(part)]
@@ -108,10 +109,10 @@ def _path(kernel: Any, capability: tuple[int, int]) -> Path:
 @cache
 def _folder() -> Path:
     """Where kernels of the package's sources as they are go; those of the oldest states are thrown away."""
-    from numba_opt.kernels import cuda_code
+    from numba_opt.cuda import code as cuda_code
 
-    paths = sorted(Path(cuda_code.__file__).parent.glob("*.py"))
-    sources = b"".join(path.read_bytes() for path in paths if path.stem not in FOR_THE_CPU)
+    package = Path(cuda_code.__file__).parents[1]
+    sources = b"".join((package / name).read_bytes() for name in SOURCES)
     folder = FOLDER / _digest(sources + repr((cuda_code._versions(), sys.version)).encode())
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # another process may do the same

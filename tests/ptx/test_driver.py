@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import numba_opt
-import numba_opt.cuda
+import numba_opt.cuda.execution
 
 from .. import table
 from ..scripts import environment
@@ -50,14 +50,14 @@ def test_steps_on_two_streams():
 
 
 def test_a_wait_that_is_missing(monkeypatch):
-    from numba_opt.kernels import cuda_driver
+    from numba_opt.cuda import driver as cuda_driver
 
     monkeypatch.setattr(cuda_driver.Device, "after", lambda *args: None)
     assert not all(map(steps_on_two_streams, SEEDS))
 
 
 def test_pinned_memory_that_is_used_again_too_early(monkeypatch):
-    from numba_opt.kernels import cuda_driver
+    from numba_opt.cuda import driver as cuda_driver
 
     monkeypatch.setattr(cuda_driver.Pinned, "settle", lambda pinned: None)
     assert not all(map(steps_on_two_streams, SEEDS))
@@ -147,7 +147,7 @@ def test_memory_that_was_freed(driver):
 
 
 def test_what_the_driver_refuses(driver):
-    from numba_opt import cuda_arrays
+    from numba_opt.cuda import arrays as cuda_arrays
 
     module = cuda_arrays.kernels().driver
     gpu, other = module.device(0), module.device(1)
@@ -169,7 +169,7 @@ def test_what_the_driver_refuses(driver):
 
 def test_a_graph_has_its_arguments_for_itself(driver):
     """What was given with a launch is what it had when it was captured."""
-    from numba_opt import cuda_arrays
+    from numba_opt.cuda import arrays as cuda_arrays
 
     gpu, loops = cuda_arrays.kernels().driver.device(0), cuda_arrays.loops()
     memory, numbers = gpu.memory(8 * 60), np.full(16, 5.0)
@@ -184,8 +184,8 @@ def test_a_graph_has_its_arguments_for_itself(driver):
 
 
 def test_everything_is_as_before_afterwards():
-    from numba_opt import cuda_arrays
-    from numba_opt.kernels import cuda_driver
+    from numba_opt.cuda import arrays as cuda_arrays
+    from numba_opt.cuda import driver as cuda_driver
 
     from .driver import Driver, installed
 

@@ -1,0 +1,1 @@
+"""Files: checkpoints of this package's own, and the states that MXNet wrote."""

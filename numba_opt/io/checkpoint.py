@@ -1,0 +1,425 @@
+"""Optimizers and their states as safetensors: plain arrays, plain values, and nothing that executes.
+
+A checkpoint holds named arrays and one JSON text, with a format version and a digest of everything in
+it. What is read is checked as a whole before anything is handed over: a file that was cut off or altered
+is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import operator
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+from .. import arguments
+from ..cuda import arrays as cuda_arrays
+from ..device import as_array, check_writable, is_half, on_cuda, state_dtype
+from ..errors import CheckpointError
+from ..lr_scheduler import LRScheduler
+from . import files, tensor_file
+from .found import by_index, count, named, part, refusing, shown
+from .mxnet_states import load_mxnet_optimizer, load_mxnet_states
+
+if TYPE_CHECKING:
+    from ..optimizer import Optimizer
+
+__all__ = ["CheckpointError", "load_mxnet_optimizer", "load_mxnet_states", "refusing"]
+
+Arrays = tensor_file.Arrays
+
+FORMAT = 1
+KEY = "numba_opt"  # of the JSON text among the file's metadata
+ARRAY, TUPLE = "\0array", "\0tuple"  # keys of what stands for an array, and for a tuple
+DEEPEST = 100  # nests of values
+NONE = type(None)
+
+Calls = list[partial[Any]]  # what takes a checkpoint over, none of it written in Python
+
+
+def to_bytes(arrays: Mapping[str, np.ndarray], values: dict[str, Any]) -> bytes:
+    """Arrays and values (as JSON) as the content of a safetensors file."""
+    file = io.BytesIO()
+    _write(file, arrays, values)
+    return file.getvalue()
+
+
+def from_bytes(content: bytes) -> tuple[Arrays, dict[str, Any]]:
+    """What `to_bytes` was given; the arrays are views of the content.
+
+    Raises
+    ------
+    CheckpointError
+        The content was cut off or altered, or is not of this package.
+    """
+    if not isinstance(content, (bytes, bytearray)):
+        raise TypeError(f"a checkpoint must be bytes, got {type(content).__name__}")
+    return _opened(*tensor_file.parse(content))
+
+
+def write(path: str | Path, arrays: Mapping[str, np.ndarray], values: dict[str, Any]) -> None:
+    """Write arrays and values to a file, which appears whole or not at all, whatever happens."""
+    files.write(path, lambda file: _write(file, arrays, values))
+
+
+def read(path: str | Path) -> tuple[Arrays, dict[str, Any]]:
+    """What `write` was given. Errors as in `from_bytes`."""
+    with files.opened(path) as file:
+        try:
+            return _opened(*tensor_file.read(file, os.fstat(file.fileno()).st_size))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def _write(file: Any, arrays: Mapping[str, np.ndarray], values: dict[str, Any]) -> None:
+    text = json.dumps({"format": FORMAT, "values": values})
+    tensor_file.write(file, arrays, {KEY: text}, ("digest", _hash(text)))
+
+
+def _opened(arrays: Arrays, texts: Mapping[str, str]) -> tuple[Arrays, dict[str, Any]]:
+    """The arrays and values of a safetensors file, if they are what was once written."""
+    if KEY not in texts:
+        raise CheckpointError("a safetensors file, but not a checkpoint of numba_opt")
+    digest = _hash(texts[KEY])
+    for name in sorted(arrays):
+        digest.update(tensor_file.described(name, arrays[name]))
+        digest.update(arrays[name].reshape(-1).view(np.uint8).data)
+    if texts.get("digest") != digest.hexdigest():
+        raise CheckpointError("the checkpoint has been altered: its digest does not match")
+    with refusing("the checkpoint's values"):
+        found = tensor_file.parsed(texts[KEY])
+    version = part(found, "format", int, "the checkpoint")
+    if version != FORMAT:
+        raise CheckpointError(f"format {shown(version)} of checkpoints; this version reads {FORMAT}")
+    return arrays, part(found, "values", dict, "the checkpoint")
+
+
+def _hash(text: str) -> Any:
+    # processors have instructions for it: 1.4 GB/s, BLAKE2b 0.5
+    return hashlib.sha256(text.encode(errors="surrogatepass"))
+
+
+def take_apart(value: Any, arrays: Arrays, name: str = "") -> Any:
+    """A structure's plain values as JSON can hold them; its arrays go into `arrays`, under their paths."""
+    if isinstance(value, Mapping):
+        return {
+            "\0" * key.startswith("\0") + key: take_apart(part, arrays, f"{name}/{key}")
+            for key, part in value.items()
+        }
+    if isinstance(value, (tuple, list)):
+        parts = [take_apart(part, arrays, f"{name}/{k}") for k, part in enumerate(value)]
+        return {TUPLE: parts} if isinstance(value, tuple) else parts
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    array = _content(value, name)
+    name = name.encode(errors="backslashreplace").decode()  # files have no lone surrogates
+    while name in arrays:
+        name += "'"
+    # the format knows no bfloat16 of NumPy's
+    arrays[name] = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    return {ARRAY: name, "dtype": array.dtype.name}
+
+
+def put_together(form: Any, arrays: Arrays, depth: int = 0) -> Any:
+    """The structure that `take_apart` took apart.
+
+    Raises
+    ------
+    CheckpointError
+        It did not make that.
+    """
+    if depth > DEEPEST:
+        raise CheckpointError(f"the checkpoint's values are nested more than {DEEPEST} deep")
+    if isinstance(form, list):
+        return [put_together(value, arrays, depth + 1) for value in form]
+    if not isinstance(form, dict):
+        return form
+    if form.keys() == {ARRAY, "dtype"}:
+        return _array(form[ARRAY], form["dtype"], arrays)
+    if form.keys() == {TUPLE}:
+        return tuple(put_together(value, arrays, depth + 1) for value in part(form, TUPLE, list, "a tuple"))
+    return {key[key.startswith("\0") :]: put_together(v, arrays, depth + 1) for key, v in form.items()}
+
+
+def _array(name: Any, dtype: Any, arrays: Arrays) -> np.ndarray:
+    """One of a file's arrays, which must be of that dtype."""
+    array = arrays.get(name) if isinstance(name, str) else None
+    if array is None:
+        raise CheckpointError(f"the checkpoint lacks the array {shown(name)}")
+    if dtype == "bfloat16" and array.dtype == np.uint16:
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            needed = "bfloat16 arrays need ml_dtypes: pip install numba_opt[bfloat16]"
+            raise CheckpointError(f"array {name!r} cannot be read: {needed}") from error
+        return array.view(ml_dtypes.bfloat16)
+    if array.dtype.name != dtype:
+        raise CheckpointError(f"array {name!r} is {array.dtype}; expected {shown(dtype)}")
+    return array
+
+
+def leaves(state: Any) -> list[Any]:
+    """The arrays of a state."""
+    if isinstance(state, tuple):
+        return [array for part in state for array in leaves(part)]
+    return [] if state is None else [state]
+
+
+def pairs(mine: Any, theirs: Any, what: str) -> list[tuple[Any, np.ndarray]]:
+    """Arrays of this trainer beside those of a checkpoint, which must be alike."""
+    if isinstance(mine, tuple):
+        if not isinstance(theirs, (tuple, list)) or len(theirs) != len(mine):
+            raise CheckpointError(f"{what} is {shown(theirs)} in the checkpoint; expected {shown(mine)}")
+        return [pair for a, b in zip(mine, theirs, strict=True) for pair in pairs(a, b, what)]
+    if mine is None or theirs is None or isinstance(theirs, (tuple, list)):
+        if mine is not theirs:
+            expected = "None" if mine is None else "an array"
+            raise CheckpointError(f"{what} is {shown(theirs)} in the checkpoint; expected {expected}")
+        return []
+    target = cuda_arrays.writable(mine, what) if on_cuda(mine) else as_array(mine, what)
+    if isinstance(target, np.ndarray):
+        check_writable(target, what)
+    with refusing("the checkpoint"):
+        source = _content(theirs, what)
+    if (target.shape, target.dtype) != (source.shape, source.dtype):
+        raise CheckpointError(
+            f"{what} has shape {source.shape} and dtype {source.dtype} in the checkpoint; "
+            f"expected {target.shape} and {target.dtype}"
+        )
+    return [(target, source)]
+
+
+def check_flushed(state: Any, what: str) -> None:
+    """Refuse stamps, a state's last part, of steps that rows have yet to take: those are not there."""
+    while isinstance(state, (tuple, list)):
+        state = state[-1]
+    late = np.count_nonzero(_content(state, what))
+    if late:
+        raise CheckpointError(f"{what} has {late} rows in the checkpoint that lag behind; expected none")
+
+
+def assignments(pairs: Iterable[tuple[Any, np.ndarray]]) -> Calls:
+    """What copies the second array of each pair into the first; what is read has not been written by then."""
+    pairs = list(pairs)
+    written = [target for target, _ in pairs if isinstance(target, np.ndarray) and target.size]
+    spans = sorted(map(byte_bounds, written))
+    starts = [start for start, _ in spans]
+    reached = list(itertools.accumulate((stop for _, stop in spans), max))
+
+    def apart(source: np.ndarray) -> np.ndarray:
+        start, stop = byte_bounds(source)
+        before = bisect_left(starts, stop)
+        return source.copy() if before and reached[before - 1] > start else source
+
+    return [partial(operator.setitem, target, ..., apart(source)) for target, source in pairs]
+
+
+def copied(value: Any) -> Any:
+    """A structure with copies of its arrays."""
+    if isinstance(value, dict):
+        return {key: copied(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(copied, value))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return cuda_arrays.to_host(value, "array") if on_cuda(value) else as_array(value, "array").copy()
+
+
+def _content(value: Any, what: str) -> np.ndarray:
+    """An array that can be read here."""
+    return cuda_arrays.to_host(value, what) if on_cuda(value) else as_array(value, what)
+
+
+def describe(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's name, hyper-parameters, counts and scheduler as plain values."""
+    scheduler = optimizer.lr_scheduler
+    hyper = {name: _plain(getattr(optimizer, name)) for name in _plain_parameters(optimizer)}
+    hyper["learning_rate"] = None if scheduler is not None else _plain(optimizer.lr)
+    position = {k: _plain(v) for k, v in _attributes(scheduler).items() if _is_plain(v)}
+    return {
+        "name": type(optimizer).__name__,
+        "states": list(optimizer.state_names),
+        "hyper": hyper,
+        "num_update": optimizer.num_update,
+        "counts": list(map(list, optimizer._index_update_count.items())),
+        "lr_mult": list(map(list, optimizer.lr_mult.items())),
+        "wd_mult": list(map(list, optimizer.wd_mult.items())),
+        "scheduler": None if scheduler is None else [type(scheduler).__name__, position],
+    }
+
+
+class Restoration(NamedTuple):
+    """What `describe` found, for an optimizer that it fits."""
+
+    optimizer: Optimizer  # another one, as that one will be
+    calls: Calls  # what makes it so
+
+
+def restoration(optimizer: Optimizer, found: Any) -> Restoration:
+    """Give an optimizer the hyper-parameters, counts and scheduler position that `describe` found.
+
+    Raises
+    ------
+    CheckpointError
+        It is of another class, its states or scheduler are others, or no optimizer is described so.
+    """
+    name, what = type(optimizer).__name__, "the checkpoint's optimizer"
+    theirs = part(found, "name", str, what)
+    if theirs != name:
+        raise CheckpointError(f"the checkpoint is of {theirs}; this optimizer is {name}")
+    states = part(found, "states", list, what)
+    if not all(isinstance(state, str) for state in states) or states != list(optimizer.state_names):
+        here, there = (", ".join(map(named, names)) or "none" for names in (optimizer.state_names, states))
+        raise CheckpointError(f"the checkpoint's {name} has the states {there}; this one has {here}")
+    hyper = part(found, "hyper", Mapping, what)
+    with refusing(f"the checkpoint's hyper-parameters are not {name}'s"):
+        fresh = type(optimizer)(**hyper)
+    position, calls = _position(optimizer.lr_scheduler, part(found, "scheduler", (list, tuple, NONE), what))
+    kept = [k for k in _plain_parameters(fresh) if k in hyper and k != "lr_scheduler"]
+    attributes = {k: getattr(fresh, k) for k in kept} | {
+        "lr": None if position is not None else fresh.lr,
+        "num_update": count("num_update", part(found, "num_update", Integral, what)),
+        "_counts": by_index(part(found, "counts", list, what), "counts", count),
+        "_ahead": (),
+        "lr_mult": by_index(part(found, "lr_mult", list, what), "lr_mult", arguments.number),
+        "wd_mult": by_index(part(found, "wd_mult", list, what), "wd_mult", arguments.number),
+    }
+    after = object.__new__(type(optimizer))
+    vars(after).update(vars(optimizer) | attributes)
+    _check_row(after)
+    return Restoration(after, [partial(vars(optimizer).update, attributes), *calls])
+
+
+def _position(scheduler: Any, saved: Any) -> tuple[Mapping[str, Any] | None, Calls]:
+    """Where a scheduler was, None if there was none, and what takes it there."""
+    mine = None if scheduler is None else type(scheduler).__name__
+    theirs, position = (None, None) if saved is None else saved if len(saved) == 2 else (saved, None)
+    if not isinstance(theirs, (str, NONE)) or theirs != mine:
+        raise CheckpointError(f"the checkpoint's lr_scheduler is {named(theirs)}; this optimizer's is {mine}")
+    if scheduler is None:
+        return None, []
+    what, held = f"the checkpoint's lr_scheduler {mine}", _attributes(scheduler)
+    if not isinstance(position, Mapping):
+        raise CheckpointError(f"{what} is at {shown(position)}; expected a dict")
+    for key, value in position.items():
+        if key not in held or not _alike(held[key], value):
+            here = shown(held[key]) if key in held else "no such attribute"
+            raise CheckpointError(f"{what} has {shown(key)}: {shown(value)}; this one has {here}")
+    if isinstance(scheduler, LRScheduler) and arguments.parameters(type(scheduler)).keys() == held.keys():
+        with refusing(what):
+            type(scheduler)(**{**held, **position})
+    return position, [partial(held.update, copied(dict(position)))]
+
+
+def _attributes(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's own attributes; functions and the like may have none."""
+    return getattr(scheduler, "__dict__", {})
+
+
+def _alike(mine: Any, theirs: Any) -> bool:
+    """Whether a plain value may take another one's place."""
+    if not (_is_plain(mine) and _is_plain(theirs)):
+        return False
+    kinds = [type(_plain(value)) for value in (mine, theirs)]
+    return NONE in kinds or kinds[0] == kinds[1] or set(kinds) == {int, float}
+
+
+def _check_row(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that does not have the coefficients that its rule takes."""
+    if optimizer.rule is None:
+        return
+    length, _ = optimizer._recorded_as(np.dtype(np.float32))
+    name, lr = type(optimizer).__name__, 0.01 if optimizer.lr is None else optimizer.lr
+    with refusing(f"the checkpoint's hyper-parameters are not {name}'s"):
+        row = optimizer._hyper_row(optimizer.rescale_grad, lr, optimizer.wd, optimizer.num_update + 1)
+        if len(row) != length:
+            raise CheckpointError(
+                f"with the checkpoint's hyper-parameters, {name} has {len(row)} coefficients; "
+                f"its rule takes {length}"
+            )
+
+
+def check_forms(before: Optimizer, after: Optimizer, weights: Iterable[Any]) -> None:
+    """Refuse options of an optimizer by which states of some weights would be of another form."""
+    for dtype in dict.fromkeys(before._dtype_of(weight, "weight") for weight in weights):
+        here, there = (state_form(optimizer, dtype) for optimizer in (before, after))
+        if here != there:
+            raise CheckpointError(
+                f"the checkpoint's states of {dtype} weights are {there}; this optimizer's are {here}"
+            )
+
+
+def state_form(optimizer: Optimizer, dtype: np.dtype) -> str:
+    """What the states of weights of a dtype consist of, with the options that an optimizer has."""
+    master = optimizer.multi_precision and is_half(dtype)
+    kept = state_dtype(optimizer._stored, np.dtype(np.float32) if master else dtype)
+    form = f"({', '.join(optimizer.state_names)}) in {kept}"
+    if optimizer.sparse_update == "exact":
+        form = f"({form}, stamps)"
+    return f"(float32 weight, {form})" if master else form
+
+
+class Saved(NamedTuple):
+    """A trainer's state dict, the parts of which are there and of the right kinds."""
+
+    optimizer: Mapping[str, Any]
+    parameters: dict[str, Mapping[str, Any]]
+    counts: dict[Any, int]  # of updates, by position
+    accumulated: Mapping[str, Any]
+    skipped_steps: int
+
+
+def saved(state_dict: Any, names: Sequence[str]) -> Saved:
+    """The parts of a state dict that is of parameters with these names."""
+    what = "the checkpoint"
+    parameters = dict(part(state_dict, "parameters", Mapping, what))
+    if list(parameters) != list(names):
+        other = sorted(set(parameters) ^ set(names), key=repr) or list(parameters)
+        few = ", ".join(map(shown, other[:5])) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+        raise CheckpointError(f"the checkpoint's parameters are not this trainer's: {few} differ")
+    counts = {}
+    for t, (name, entry) in enumerate(parameters.items()):
+        counts[t] = count("count", part(entry, "count", Integral, f"parameter {name!r} of the checkpoint"))
+        if "state" not in entry:
+            raise CheckpointError(f"parameter {name!r} of the checkpoint lacks 'state'")
+    accumulated = part(state_dict, "accumulated", Mapping, what)
+    for name in accumulated:
+        if name not in parameters:
+            raise CheckpointError(
+                f"the checkpoint has accumulated gradients of {shown(name)}, which is no parameter"
+            )
+    skipped = count("skipped_steps", part(state_dict, "skipped_steps", Integral, what))
+    return Saved(part(state_dict, "optimizer", Mapping, what), parameters, counts, accumulated, skipped)
+
+
+def _plain_parameters(optimizer: Optimizer) -> list[str]:
+    """The constructor's parameters that are kept under their own names as plain values."""
+    held = vars(optimizer)
+    return [name for name in arguments.parameters(type(optimizer)) if name in held and _is_plain(held[name])]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, float):
+        return not math.isnan(value)
+    return value is None or isinstance(value, (bool, int, str, np.number))
