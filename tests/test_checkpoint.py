@@ -564,7 +564,7 @@ def test_anybody_can_read_the_arrays(trainer, tmp_path):
     assert snapshot(arrays["/parameters/w/weight"]) == snapshot(trainer.params["w"])
 
 
-@pytest.mark.parametrize("module", ["checkpoint", "tensor_file", "trainer", "updater", "binding"])
+@pytest.mark.parametrize("module", ["io/checkpoint", "io/tensor_file", "trainer", "updater", "binding"])
 def test_no_pickle(module):
     tree = ast.parse((ROOT / "numba_opt" / f"{module}.py").read_text())
     imported = set()
