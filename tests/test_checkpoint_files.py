@@ -396,7 +396,8 @@ def test_names_as_long_as_the_file_system_allows(trainer, tmp_path):
 HOLD = """
 import os, sys, time
 import numpy as np
-from numba_opt import Trainer, files
+from numba_opt import Trainer
+from numba_opt.io import files
 
 def put(*args):
     print("writing", flush=True)

@@ -29,7 +29,7 @@ import json
 
 import numpy as np
 import numba_opt
-from numba_opt import cuda_arrays
+from numba_opt.cuda import arrays as cuda_arrays
 
 
 class Array:

@@ -57,7 +57,7 @@ def test_import_is_silent_and_touches_no_driver():
 @needs_package
 def test_the_first_use_is_silent():
     """Also where warnings are errors, whatever the packages warn of among themselves."""
-    script = "from numba_opt import cuda_arrays\ncuda_arrays.loops()"
+    script = "from numba_opt.cuda import arrays\narrays.loops()"
     assert printed(script, options=("-W", "error")) == ""
 
 

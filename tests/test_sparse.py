@@ -1495,7 +1495,8 @@ GUARD = '''
 import ctypes, mmap, sys, warnings
 import numpy as np, scipy.sparse as ss
 import numba_opt
-from numba_opt import RowSparse, Trainer, execution, sparse
+from numba_opt import RowSparse, Trainer
+from numba_opt.cpu import execution, sparse
 from numba_opt.cpu import merge, threads
 from tests import table
 

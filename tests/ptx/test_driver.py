@@ -101,7 +101,7 @@ def test_kernels_that_use_the_hosts_memory(driver):
 SCRIPT = """
 import sys
 import numpy as np
-from numba_opt import cuda_arrays
+from numba_opt.cuda import arrays as cuda_arrays
 from tests.ptx import arrays
 from tests.ptx.driver import Driver, installed
 
