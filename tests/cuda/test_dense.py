@@ -9,7 +9,7 @@ import pytest
 from .. import table
 from ..ptx import arrays
 
-SHAPES = [(5, 7), (8, 16), 3, 0, (1, 130)]
+SHAPES = [(5, 7), (8, 16), 3, 0, (1, 130), (2, 1301), (3, 500)]
 
 
 def both(row, call, steps=2, **options):

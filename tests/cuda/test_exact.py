@@ -30,7 +30,8 @@ class Pair:
         ]
 
     def step(self, *grads, distinct=False):
-        ours = [arrays.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct) for g in grads]
+        strays = "every" if self.optimizers[0].sparse_update == "dense" else True
+        ours = [arrays.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct, strays) for g in grads]
         for optimizer, weights, states, own in zip(
             self.optimizers, self.weights, self.states, (ours, list(grads)), strict=True
         ):
@@ -57,9 +58,12 @@ def kinds(n, dtype="float32"):
 def test_rows_catch_up(row):
     """Each touched row is at every step what the CPU has, and all of them are after a flush."""
     pair = Pair(row, [SHAPE, SHAPE])
+    alone = Pair(row)  # where there is one tensor, kernels go another way
     for n in range(7):
         pair.step(kinds(n), kinds(n))
+        alone.step(kinds(n))
         pair.check()
+        alone.check()
     pair.flush()
     pair.check()
     assert not pair.states[0][0][1].array.any()

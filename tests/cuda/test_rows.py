@@ -32,20 +32,41 @@ def csr(shape=SHAPE, dtype="float32", index="int32", seed=1):
     return scipy.sparse.csr_array((rng.standard_normal(len(columns)).astype(dtype), columns, starts), shape)
 
 
-def on_gpu(grad, distinct=False):
-    """A sparse gradient with arrays on the GPU; CuPy's CSR matrices have the same names."""
+def on_gpu(grad, distinct=False, strays=False):
+    """A sparse gradient with arrays on the GPU; CuPy's CSR matrices have the same names.
+
+    With `strays`, rows that the parameter has not come in addition; a CSR matrix has columns that it has not,
+    and an empty row that begins before its entries, unless "every" row is to be updated.
+    """
     array = arrays.on_gpu
+    height, width = grad.shape[0], grad.shape[-1]
     if isinstance(grad, RowSparse):
-        return RowSparse(array(grad.rows), array(grad.values), grad.shape, distinct)
-    return SimpleNamespace(
-        format="csr", shape=grad.shape, tocsr=None,
-        **{name: array(getattr(grad, name)) for name in ("data", "indices", "indptr")},
-    )  # fmt: skip
+        rows, values = grad.rows, grad.values
+        if strays:
+            rows = np.concatenate([rows, np.array([height + 3, -2], rows.dtype)])
+            values = np.concatenate([values, np.ones_like(values, shape=(2, *values.shape[1:]))])
+        return RowSparse(array(rows), array(values), grad.shape, distinct)
+    data, indices, indptr = grad.data, grad.indices, grad.indptr.copy()
+    if strays:
+        data = np.concatenate([data, np.ones_like(data, shape=2)])
+        indices = np.concatenate([indices, np.array([width + 1, -1], indices.dtype)])
+        indptr[indptr == grad.nnz] += 2  # in the last row that has entries
+        indptr[0] = -1 if indptr[1] == 0 and strays != "every" else 0
+    parts = {"data": array(data), "indices": array(indices), "indptr": array(indptr)}
+    return SimpleNamespace(format="csr", shape=grad.shape, tocsr=None, **parts)
 
 
-def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, times=2, **options):
-    """Weights and states after some steps, of so many parameters each: on the GPU, and on the CPU."""
-    grads, shapes = [*grads] * times, [*(shapes or [SHAPE] * len(grads))] * times
+def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, times=2, alone=False, **options):
+    """Weights and states after some steps, of so many parameters each: on the GPU, and on the CPU.
+
+    Unless they are to be `alone`, another one with wider rows has a gradient like the first one's, and there
+    are rows that lead outside.
+    """
+    shapes = [*(shapes or [SHAPE] * len(grads))]
+    if not alone:
+        shapes.append((9, 300))
+        grads = [*grads, _widened(grads[0], shapes[-1])]
+    grads, shapes = grads * times, shapes * times
     options = table.common(row) | options
     gpu, cpu = table.build(row, **options), table.build(row, **options)
     call = table.make(row, shapes, dtype)
@@ -53,11 +74,27 @@ def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, time
         states = [cpu.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
         call = call._replace(states=states)
     weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
-    theirs = [arrays.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct) for g in grads]
+    theirs = [
+        arrays.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct, not alone) for g in grads
+    ]
     for _ in range(steps):
         cpu.update_multi_precision(call.indices, call.weights, grads, call.states)
         gpu.update_multi_precision(call.indices, weights, theirs, states)
+    if not alone:  # kernels go another way where there is one tensor
+        cpu.update_multi_precision([0], call.weights[:1], grads[:1], call.states[:1])
+        gpu.update_multi_precision([0], weights[:1], theirs[:1], states[:1])
     return arrays.on_cpu([weights, states]), table.outputs(call)
+
+
+def _widened(grad, shape):
+    """A gradient of the same form and dtype."""
+    if isinstance(grad, RowSparse):
+        return block(
+            np.unique(grad.rows) if len(set(grad.rows)) == len(grad.rows) else ROWS, shape, grad.values.dtype
+        )
+    if isinstance(grad, np.ndarray):
+        return np.ones(shape, grad.dtype)
+    return csr(shape, grad.dtype, grad.indices.dtype)
 
 
 some = pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
@@ -144,7 +181,7 @@ def test_many_parts(driver, count, merges):
     row = table.row("rmsprop")
     rows = np.random.default_rng(count).integers(0, 300, count).tolist()
     driver.launches.clear()
-    table.assert_alike(row, *both(row, [block(rows, (300, 1))], [(300, 1)], steps=1, times=1))
+    table.assert_alike(row, *both(row, [block(rows, (300, 1))], [(300, 1)], steps=1, times=1, alone=True))
     assert [name for name in driver.launches if name in ("keys", "merge")] == ["keys"] + ["merge"] * merges
 
 
