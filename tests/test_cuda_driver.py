@@ -118,7 +118,7 @@ def seen(library):
 def kernels(step):
     """The kernels and copies of a step, by name."""
     words = r"copy|wait|set_hyper|_element_kernel|squares|clip_norm|keys|merge|rows"
-    return [re.search(words, line[0].replace("cuda_rows", ""))[0] for line in step]  # the file's name
+    return [re.search(words, line[0].replace("cuda4rows", ""))[0] for line in step]  # the file's name
 
 
 def test_devices(seen):

@@ -89,9 +89,8 @@ def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, time
 def _widened(grad, shape):
     """A gradient of the same form and dtype."""
     if isinstance(grad, RowSparse):
-        return block(
-            np.unique(grad.rows) if len(set(grad.rows)) == len(grad.rows) else ROWS, shape, grad.values.dtype
-        )
+        distinct = len(set(grad.rows)) == len(grad.rows)
+        return block(np.unique(grad.rows % shape[0]) if distinct else ROWS, shape, grad.values.dtype)
     if isinstance(grad, np.ndarray):
         return np.ones(shape, grad.dtype)
     return csr(shape, grad.dtype, grad.indices.dtype)
