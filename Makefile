@@ -17,6 +17,7 @@ check: $(VENV)/test.stamp lint types
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(VENV)/test.stamp
 	$(RUN) -m mypy

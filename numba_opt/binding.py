@@ -17,9 +17,9 @@ import numpy as np
 from .cpu import execution, ndarray, threads
 from .cuda import execution as cuda_execution
 from .cuda.memory import Norm
+from .optimizer import Optimizer
 
 if TYPE_CHECKING:
-    from .optimizer import Optimizer
     from .trainer import Trainer
 
 

@@ -14,7 +14,7 @@ import numbers
 import re
 import types
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,9 +22,6 @@ from numba.core import errors
 from numba.core import types as numba_types
 
 from ..compiler import cache, fingerprint
-
-if TYPE_CHECKING:
-    from ..optimizer import Optimizer
 
 STARS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -36,6 +33,14 @@ WHERE = re.compile(
     r"Failed in |During: |File \"|There (is|are) \d+ candidate|- (Of which|Resolution)|Overload |Rejected |"
     r"raised from |This error |With argument|<source|\W*$"
 )
+
+
+class HasRule(Protocol):
+    """What an optimizer is here."""
+
+    rule: Any
+    state_names: Any
+    per_row: Any
 
 
 class WrongResultError(TypeError):
@@ -69,7 +74,7 @@ class Rule(NamedTuple):
 class Checked:
     """An optimizer's rule that has been found to be in order, and what it was then."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: HasRule) -> None:
         self.owner = type(optimizer).__name__
         self.states, self.per_row = optimizer.state_names, optimizer.per_row
         self.rule = check(self.owner, optimizer.rule, self.states, self.per_row)
@@ -78,7 +83,7 @@ class Checked:
         self.code = self.function.__code__
         self.reached = fingerprint.look(self.function)
 
-    def holds(self, optimizer: Optimizer) -> bool:
+    def holds(self, optimizer: HasRule) -> bool:
         """Whether the optimizer's rule is still the one that was checked."""
         rule: Any = optimizer.rule
         return (
@@ -240,12 +245,10 @@ def _place_of(given: Any) -> str:
 
 def _plain_function(given: Any, what: str) -> Any:
     """The function itself."""
-    from ..optimizer import Optimizer
-
     function = given
     if isinstance(given, types.MethodType):
         function = given.__func__
-        if not isinstance(given.__self__, Optimizer):
+        if getattr(given.__self__, "rule", None) != given:  # no optimizer's
             owner = getattr(given.__self__, "__name__", type(given.__self__).__name__)
             raise TypeError(f"{what} must be a plain function, got a method of {owner}")
     if not isinstance(function, types.FunctionType):
