@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,6 +67,18 @@ if "NUMBA_CACHE_DIR" not in os.environ:
 # Shells start programs in the background with SIGINT ignored, and these hand that on to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def registered(request):
+    """Optimizers that an example registers are forgotten after it, as are the names that they use."""
+    example = isinstance(request.node, pytest.DoctestItem)
+    module = sys.modules.get("numba_opt.optimizer") if example else None
+    known = module.Optimizer.opt_registry if module else {}
+    before = dict(known)
+    yield
+    for name in known.keys() - before.keys():
+        del known[name]
 
 
 @pytest.hookimpl(optionalhook=True)

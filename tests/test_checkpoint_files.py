@@ -496,7 +496,7 @@ SHORTENED = """
 import os, random, sys, threading, time
 import numpy as np
 from numba_opt import Trainer
-from numba_opt.checkpoint import CheckpointError
+from numba_opt.io.checkpoint import CheckpointError
 
 path = sys.argv[1]
 trainer = Trainer([np.ones(200_000)], "nag", momentum=0)

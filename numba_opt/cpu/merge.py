@@ -1,7 +1,7 @@
 """Row numbers in order: which rows a sparse gradient touches, and where the parts of each one are.
 
 The kernels also look for numbers that would lead outside an array. They only say that there are some;
-`numba_opt.sparse` says which.
+`numba_opt.cpu.sparse` says which.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import pytest
 
 import numba_opt
 from numba_opt.cuda import arrays as cuda_arrays
+from numba_opt.cuda import execution as cuda_execution
 
 from .. import table
 from ..ptx import arrays
@@ -545,8 +546,8 @@ def test_fresh_tensors_of_torch(driver, monkeypatch):
     row = table.row("nag")
     call = table.make(row, [3, 40])
     looks = []
-    look = numba_opt.cuda.look
-    monkeypatch.setattr(numba_opt.cuda, "look", lambda *args: looks.append(1) or look(*args))
+    look = cuda_execution.look
+    monkeypatch.setattr(cuda_execution, "look", lambda *args: looks.append(1) or look(*args))
     gpu = numba_opt.Trainer([Tensor(w) for w in call.weights], table.build(row))
     cpu = numba_opt.Trainer(call.weights, table.build(row))
     kept = []  # so that each one is elsewhere
