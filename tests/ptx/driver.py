@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -34,8 +35,8 @@ ERRORS = {
 class Context:
     """A device's, for the stack of those that are current."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, driver: Driver) -> None:
+        self.number, self.driver = number, weakref.ref(driver)
 
 
 class Function(SimpleNamespace):
@@ -137,7 +138,7 @@ class Driver(Queues):
         return (0, number) if number < len(self.memories) else (101, None)
 
     def cuDevicePrimaryCtxRetain(self, handle: int) -> tuple[int, Context]:
-        return 0, Context(handle)
+        return 0, Context(handle, self)
 
     def cuDeviceGetAttribute(self, kind: Any, handle: int) -> tuple[int, int]:
         kinds = self.CUdevice_attribute
@@ -161,6 +162,8 @@ class Driver(Queues):
         return (INVALID, 0) if found is None else (0, found)
 
     def cuCtxPushCurrent(self, context: Context) -> tuple[int]:
+        if context.driver() is not self:  # what an earlier test left goes with that test's driver
+            return (INVALID,)
         self._stack.contexts = [*getattr(self._stack, "contexts", []), context]
         return (0,)
 
