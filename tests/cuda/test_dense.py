@@ -32,7 +32,7 @@ def test_the_cpus_results(row, dtype):
 @table.each
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(row, dtype):
-    call = table.make(row, [(8, 16), (5, 7)], dtype)
+    call = table.make(row, [(8, 16), (5, 7), (2, 1301)], dtype)
     table.assert_alike(row, *both(row, call), tolerance=1e-2)
 
 
@@ -40,7 +40,7 @@ def test_half_precision(row, dtype):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("grads", ["half", "single"])
 def test_master_weights(row, dtype, grads):
-    call = table.make(row, [(4, 16), (3, 5)], dtype)
+    call = table.make(row, [(4, 16), (3, 5), (2, 1301)], dtype)
     optimizer = table.build(row, multi_precision=True)
     states = [optimizer.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
     if grads == "single":
@@ -50,7 +50,7 @@ def test_master_weights(row, dtype, grads):
 
 @table.each
 def test_half_gradients_of_single_weights(row):
-    call = table.make(row, [(4, 16), (3, 5)])
+    call = table.make(row, [(4, 16), (3, 5), (2, 1301)])
     table.assert_alike(row, *both(row, call._replace(grads=[g.astype(np.float16) for g in call.grads])))
 
 
@@ -142,7 +142,7 @@ def test_step_is_fused_step():
 @pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16"])
 def test_states_of_another_dtype(name, kept):
     row = table.row(name)
-    call = table.make(row, [(4, 16), (3, 5)])
+    call = table.make(row, [(4, 16), (3, 5), (2, 1301)])
     optimizer = table.build(row, state_dtype=kept)
     call = call._replace(states=[optimizer.create_state(t, w) for t, w in enumerate(call.weights)])
     gpu = table.build(row, state_dtype=kept)
