@@ -248,7 +248,7 @@ def _plain_function(given: Any, what: str) -> Any:
     function = given
     if isinstance(given, types.MethodType):
         function = given.__func__
-        if getattr(given.__self__, "rule", None) != given:  # no optimizer's
+        if isinstance(given.__self__, type) or getattr(given.__self__, "rule", None) != given:
             owner = getattr(given.__self__, "__name__", type(given.__self__).__name__)
             raise TypeError(f"{what} must be a plain function, got a method of {owner}")
     if not isinstance(function, types.FunctionType):
