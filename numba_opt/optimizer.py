@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     which: list[int]  # each tensor's row
 
 
-class Optimizer:
+class Optimizer(rules.HasRule):
     """Base class of all optimizers, with the interface of MXNet 2.0's.
 
     Each step takes the gradients as ::

@@ -14,7 +14,7 @@ import numbers
 import re
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,8 +35,8 @@ WHERE = re.compile(
 )
 
 
-class HasRule(Protocol):
-    """What an optimizer is here."""
+class HasRule:
+    """What an optimizer is here, which says more of it."""
 
     rule: Any
     state_names: Any
@@ -248,7 +248,7 @@ def _plain_function(given: Any, what: str) -> Any:
     function = given
     if isinstance(given, types.MethodType):
         function = given.__func__
-        if isinstance(given.__self__, type) or getattr(given.__self__, "rule", None) != given:
+        if not isinstance(given.__self__, HasRule):
             owner = getattr(given.__self__, "__name__", type(given.__self__).__name__)
             raise TypeError(f"{what} must be a plain function, got a method of {owner}")
     if not isinstance(function, types.FunctionType):
