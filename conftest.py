@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import atexit
 import hashlib
 import os
 import shutil
 import signal
-import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent
-# As `numba_opt.compiler.fingerprint` has them, which must not be imported yet.
-SOURCES = ("scalar.py", "compiler/*.py", "cpu/*.py", "cuda/*.py", "torch/counters.py", "torch/dlpack.py")
+PACKAGE = ROOT / "numba_opt"
 KEPT = 3  # states of the kernels' sources whose compiled kernels are kept
 MOST = 8  # processes of `-n auto`: each takes up to 1 GB
 
 # Modules in which no examples are looked for: they have none, or what they import is not here.
 NEEDED = {"numba_opt/torch/*": ["torch"], "numba_opt/demo/*": ["matplotlib", "sklearn", "tqdm"]}
-collect_ignore_glob = ["numba_opt/cuda/*.py"]
+NEED_CUDA = ("buffer", "code", "collect", "driver", "elements", "kernels", "loops", "rows")
+collect_ignore_glob = [f"numba_opt/cuda/{name}.py" for name in NEED_CUDA]
 collect_ignore_glob += [modules for modules, names in NEEDED.items() if None in map(find_spec, names)]
 
 
@@ -39,6 +40,17 @@ def own_folder() -> Path:
         return folder
 
 
+def kernels_sources() -> Iterator[Path]:
+    """The files that kernels are made of, as a module says that must not be imported yet."""
+    tree = ast.parse((PACKAGE / "compiler" / "fingerprint.py").read_text())
+    (patterns,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OWN"
+    )
+    return (path for pattern in patterns for path in sorted(PACKAGE.glob(pattern)))
+
+
 def kernels_folder(parent: Path) -> Path:
     """Where all processes of a run keep their kernels.
 
@@ -46,9 +58,8 @@ def kernels_folder(parent: Path) -> Path:
     that were not used for the longest time go.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for pattern in SOURCES:
-        for path in sorted((ROOT / "numba_opt").glob(pattern)):
-            digest.update(path.read_bytes())
+    for path in kernels_sources():
+        digest.update(path.read_bytes())
     folder = parent / "kernels" / digest.hexdigest()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.utime(folder)
@@ -72,9 +83,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(autouse=True)
 def registered(request):
     """Optimizers that an example registers are forgotten after it, as are the names that they use."""
-    example = isinstance(request.node, pytest.DoctestItem)
-    module = sys.modules.get("numba_opt.optimizer") if example else None
-    known = module.Optimizer.opt_registry if module else {}
+    if not isinstance(request.node, pytest.DoctestItem):
+        yield
+        return
+    from numba_opt import Optimizer
+
+    known = Optimizer.opt_registry
     before = dict(known)
     yield
     for name in known.keys() - before.keys():

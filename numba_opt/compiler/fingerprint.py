@@ -371,19 +371,16 @@ class _Walk:
         return compiled
 
 
-def own_files() -> list[Path]:
-    """The package's files that kernels are made of."""
-    return sorted(path for pattern in OWN for path in PACKAGE.glob(pattern))
-
-
+# The package's files that kernels are made of, and their modules.
+OWN_FILES = sorted(path for pattern in OWN for path in PACKAGE.glob(pattern))
 OWN_MODULES = frozenset(
-    ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)) for path in own_files()
+    ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)) for path in OWN_FILES
 )
 
 
 def _own_sources() -> bytes:
     walk = _Walk()
-    for path in own_files():
+    for path in OWN_FILES:
         walk.feed("file", path.relative_to(PACKAGE).as_posix().encode(), path.read_bytes())
     return walk.hash.digest()
 
