@@ -66,7 +66,7 @@ def assembled(text: str, arch: str, found: Counts) -> Counts:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(text)
-        told = _run(tool("ptxas"), "-v", f"-arch={arch}", str(source), "-o", str(binary))
+        told = run(tool("ptxas"), "-v", f"-arch={arch}", str(source), "-o", str(binary))
         spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", told)
         registers = re.search(r"Used (\d+) registers", told)
         assert spilled
@@ -75,12 +75,12 @@ def assembled(text: str, arch: str, found: Counts) -> Counts:
             registers=int(registers[1]), spilled=sum(int(number) for number in spilled.groups())
         )
         if tool("nvdisasm"):
-            code = _run(tool("nvdisasm"), "-c", str(binary))
+            code = run(tool("nvdisasm"), "-c", str(binary))
             found = found._replace(instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.M)))
     return found
 
 
-def _run(*command: str | None) -> str:
+def run(*command: str | None) -> str:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, timeout=120)
     return done.stdout + done.stderr
 

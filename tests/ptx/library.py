@@ -19,20 +19,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # perf is not installed
-
 from perf import ptx
 
 from .translating import Program
 
 FOLDER = Path(__file__).parents[2] / ".pytest_cache" / "d" / "ptx"
 KEPT = 4  # states of the sources whose kernels are kept
-# What is compiled for a GPU has something of these; an edit of others compiles none of it anew.
-SOURCES = [
-    "scalar.py",
-    *(f"compiler/{name}.py" for name in ("elements", "half", "rounding")),
-    *(f"cuda/{name}.py" for name in ("buffer", "code", "collect", "elements", "kernels", "loops", "rows")),
-]
+# What is compiled for a GPU has nothing of these; an edit of them compiles none of it anew.
+FOR_THE_HOST = {
+    *("cpu", "torch"),
+    *(f"compiler/{name}.py" for name in ("cache", "fingerprint", "interrupts", "private")),
+    *(f"cuda/{name}.py" for name in ("arrays", "driver", "execution", "history", "memory", "sparse", "sums")),
+}
 THIS_PROCESS = secrets.token_hex(8)  # alone uses kernels whose rules reach what no fingerprint tells
 
 
@@ -109,10 +107,12 @@ def _path(kernel: Any, capability: tuple[int, int]) -> Path:
 @cache
 def _folder() -> Path:
     """Where kernels of the package's sources as they are go; those of the oldest states are thrown away."""
+    from numba_opt.compiler.fingerprint import OWN_FILES, PACKAGE
     from numba_opt.cuda import code as cuda_code
 
-    package = Path(cuda_code.__file__).parents[1]
-    sources = b"".join((package / name).read_bytes() for name in SOURCES)
+    names = {path.relative_to(PACKAGE): path for path in OWN_FILES}
+    paths = [path for name, path in names.items() if not {name.parts[0], name.as_posix()} & FOR_THE_HOST]
+    sources = b"".join(path.read_bytes() for path in paths)
     folder = FOLDER / _digest(sources + repr((cuda_code._versions(), sys.version)).encode())
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # another process may do the same

@@ -52,9 +52,9 @@ def of_machine_code(text: str, capability: tuple[int, int], folder: Path) -> lis
     source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
     source.write_text(_numbered(text))
     arch = f"-arch=sm_{capability[0]}{capability[1]}"
-    ptx._run(ptx.tool("ptxas"), "-lineinfo", arch, str(source), "-o", str(binary))
+    ptx.run(ptx.tool("ptxas"), "-lineinfo", arch, str(source), "-o", str(binary))
     kinds = {step.line: step.kind for step in of_text(text)}
-    return _parsed(ptx._run(ptx.tool("nvdisasm"), "-g", "-c", str(binary)), kinds)
+    return _parsed(ptx.run(ptx.tool("nvdisasm"), "-g", "-c", str(binary)), kinds)
 
 
 def _numbered(text: str) -> str:
