@@ -30,7 +30,7 @@ class Pair:
         ]
 
     def step(self, *grads, distinct=False):
-        strays = "every" if self.optimizers[0].sparse_update == "dense" else True
+        strays = self.optimizers[0].sparse_update
         ours = [arrays.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct, strays) for g in grads]
         for optimizer, weights, states, own in zip(
             self.optimizers, self.weights, self.states, (ours, list(grads)), strict=True

@@ -32,11 +32,12 @@ def csr(shape=SHAPE, dtype="float32", index="int32", seed=1):
     return scipy.sparse.csr_array((rng.standard_normal(len(columns)).astype(dtype), columns, starts), shape)
 
 
-def on_gpu(grad, distinct=False, strays=False):
+def on_gpu(grad, distinct=False, strays=""):
     """A sparse gradient with arrays on the GPU; CuPy's CSR matrices have the same names.
 
-    With `strays`, rows that the parameter has not come in addition; a CSR matrix has columns that it has not,
-    and an empty row that begins before its entries, unless "every" row is to be updated.
+    With `strays`, the meaning that it has for an optimizer, rows that the parameter has not come in addition.
+    A CSR matrix has columns that it has not, and, unless "dense" updates every row, an empty one that begins
+    before its entries.
     """
     array = arrays.on_gpu
     height, width = grad.shape[0], grad.shape[-1]
@@ -51,7 +52,8 @@ def on_gpu(grad, distinct=False, strays=False):
         data = np.concatenate([data, np.ones_like(data, shape=2)])
         indices = np.concatenate([indices, np.array([width + 1, -1], indices.dtype)])
         indptr[indptr == grad.nnz] += 2  # in the last row that has entries
-        indptr[0] = -1 if indptr[1] == 0 and strays != "every" else 0
+        if strays != "dense" and indptr[1] == 0:
+            indptr[0] = -1
     parts = {"data": array(data), "indices": array(indices), "indptr": array(indptr)}
     return SimpleNamespace(format="csr", shape=grad.shape, tocsr=None, **parts)
 
@@ -74,7 +76,7 @@ def both(row, grads, shapes=None, dtype="float32", steps=2, distinct=False, time
         states = [cpu.create_state_multi_precision(t, w) for t, w in enumerate(call.weights)]
         call = call._replace(states=states)
     weights, states = arrays.on_gpu(call.weights), arrays.on_gpu(call.states)
-    strays = not alone and ("every" if options.get("sparse_update") == "dense" else True)
+    strays = "" if alone else cpu.sparse_update
     theirs = [arrays.on_gpu(g) if isinstance(g, np.ndarray) else on_gpu(g, distinct, strays) for g in grads]
     for _ in range(steps):
         cpu.update_multi_precision(call.indices, call.weights, grads, call.states)
@@ -402,7 +404,8 @@ def changed(**others):
     ("grad", "error", "message"),
     [
         (lambda: on_gpu(block(shape=(9, 5))), ValueError, r"has shape \(9, 5\); expected \(9, 6\)"),
-        (lambda: block(), TypeError, "gradient of parameter 0 is a numba_opt.*RowSparse, which is not on"),
+        (lambda: block(), TypeError,
+         "gradient of parameter 0 is a numba_opt.cpu.sparse.RowSparse.*not on a GPU"),
         (lambda: csr(), TypeError, "gradient of parameter 0 is a scipy.sparse.*not on a GPU"),
         (lambda: on_gpu(block(dtype="int32")), TypeError, "values of RowSparse are int32"),
         (lambda: RowSparse(arrays.on_gpu(np.zeros(2, "u4")), arrays.on_gpu(np.zeros((2, 6))), SHAPE),
