@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import contrib, lr_scheduler
-from .cpu.sparse import RowSparse
+from .cpu.row_sparse import RowSparse
 from .io import checkpoint
 from .optimizer import Optimizer, create, register
 from .optimizers import FTML, NAG, Adamax, GroupAdaGrad, RMSProp

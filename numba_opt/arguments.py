@@ -9,11 +9,13 @@ import numbers
 import operator
 from typing import Any, SupportsIndex
 
+import numpy as np
+
 
 def count(name: str, value: SupportsIndex, minimum: int) -> int:
     """`value` as an int of at least `minimum`."""
     try:
-        found = None if isinstance(value, bool) else operator.index(value)
+        found = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         found = None
     expected = f"{name} must be an integer >= {minimum}, got {value!r}"

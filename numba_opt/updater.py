@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import device
+from .core.rates import Index
+from .core.storage import EXPECTED, code_of, compute_dtype, state_dtype
 from .cpu import threads
-from .cpu.execution import History
+from .cpu.deferred import DeferredSteps
 from .errors import CheckpointError
 from .io import checkpoint
 from .io.found import by_index, part, shown
-from .optimizer import Index, Optimizer
+from .optimizer import Optimizer
+from .states import HasStates, check_lengths
 
 __all__ = ["Updater", "get_updater"]
 
@@ -60,7 +62,7 @@ class Updater:
         """
         many = isinstance(index, (list, tuple))
         indices, grads, weights = (index, grad, weight) if many else ([index], [grad], [weight])
-        self.optimizer._check_lengths(indices, weights, grads, indices)
+        check_lengths(indices, weights, grads, indices)
         fresh = {
             i: self.optimizer.create_state_multi_precision(i, w)
             for i, w in zip(indices, weights, strict=True)
@@ -69,7 +71,7 @@ class Updater:
         states = [fresh[i] if i in fresh else self.states[i] for i in indices]
         step = len(indices) if self.optimizer.aggregate_num == math.inf else int(self.optimizer.aggregate_num)
         if step < len(indices):  # check the whole call before its first part is carried out
-            self.optimizer._check(indices, weights, grads, states)
+            self.optimizer.check_call(indices, weights, grads, states)
         for first in range(0, len(indices), max(step, 1)):
             part = slice(first, first + step)
             self.optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
@@ -83,11 +85,11 @@ class Updater:
         arrays: checkpoint.Arrays = {}
         states = checkpoint.take_apart(list(map(list, self.states.items())), arrays)
         optimizer = checkpoint.describe(self.optimizer) if dump_optimizer else None
-        late = [[i, history.rows()] for i, history in self.optimizer._history.items() if history.recorded]
+        pending = self.optimizer.deferred_rows()
         values = {
             "states": states,
             "optimizer": checkpoint.take_apart(optimizer, arrays),
-            "histories": checkpoint.take_apart(late, arrays, "histories"),
+            "histories": checkpoint.take_apart(pending, arrays, "histories"),
         }
         return checkpoint.to_bytes(arrays, values)
 
@@ -103,19 +105,20 @@ class Updater:
         if "states" not in values:
             raise CheckpointError("a checkpoint of numba_opt, but not of an Updater")
         values = checkpoint.put_together(values, arrays)
-        what, optimizer = "the checkpoint", self.optimizer
+        what = "the checkpoint"
+        optimizer: HasStates = self.optimizer
         calls: checkpoint.Calls = []
         described = part(values, "optimizer", (Mapping, type(None)), what)
         if described is not None:
             optimizer, calls = checkpoint.restoration(optimizer, described)
-        late = by_index(part(values, "histories", list, what), "histories", partial(_recorded, optimizer))
+        pending = by_index(part(values, "histories", list, what), "histories", partial(_recorded, optimizer))
         found = by_index(part(values, "states", list, what), "states", partial(_State.of, optimizer))
         for index, state in found.items():
-            state.check_history(shown(index), late.get(index))
-        histories = {index: History.of(rows) for index, rows in late.items()}
+            state.check_deferred(shown(index), pending.get(index))
+        deferred = {index: DeferredSteps.of(rows) for index, rows in pending.items()}
         calls += [
             partial(setattr, self, "states", {index: state.whole for index, state in found.items()}),
-            partial(setattr, self.optimizer, "_history", histories),
+            *self.optimizer.deferring(deferred),
         ]
         threads.run([], calls)
 
@@ -124,11 +127,11 @@ class _State(NamedTuple):
     """A parameter's state in a checkpoint, of the form that its optimizer would give it."""
 
     whole: Any
-    stamps: np.ndarray | None = None
+    last_step: np.ndarray | None = None
     real: np.dtype | None = None  # of recorded steps, where the state tells
 
     @classmethod
-    def of(cls, optimizer: Optimizer, what: str, saved: Any) -> _State:
+    def of(cls, optimizer: HasStates, what: str, saved: Any) -> _State:
         """A state with arrays of its own; those that were read are views of the bytes."""
         what = f"the checkpoint's {what}"
         whole = _owned(saved, what)
@@ -136,41 +139,41 @@ class _State(NamedTuple):
         if (kind.create_state, kind.create_state_multi_precision) != STANDARD:
             return cls(whole)  # whatever it has, each update looks at it
         n, exact = len(optimizer.state_names), optimizer.sparse_update == "exact"
-        master, stamps, inner = None, None, whole
+        master, last_step, inner = None, None, whole
         if optimizer.multi_precision and _is_pair(whole) and _is_state(whole[1], n, exact):
             master, inner = whole
         if not _is_state(inner, n, exact):
             raise CheckpointError(f"{what} is {_form(whole)}; expected {_expected(optimizer)}")
         if exact:
-            inner, stamps = inner
-        dtype = _check_arrays(optimizer, what, master, checkpoint.leaves(inner), stamps)
-        return cls(whole, stamps, None if dtype is None else optimizer._recorded_as(dtype)[1])
+            inner, last_step = inner
+        dtype = _check_arrays(optimizer, what, master, checkpoint.leaves(inner), last_step)
+        return cls(whole, last_step, None if dtype is None else compute_dtype(dtype))
 
-    def check_history(self, index: str, rows: np.ndarray | None) -> None:
-        """Refuse stamps beyond the steps that are recorded, and steps in another precision."""
+    def check_deferred(self, index: str, rows: np.ndarray | None) -> None:
+        """Refuse last_step beyond the steps that are recorded, and steps in another precision."""
         if rows is not None and self.real is not None and rows.dtype != self.real:
             raise CheckpointError(
                 f"the checkpoint's histories[{index}] are {rows.dtype}; expected {self.real}, as the state"
             )
         count = 0 if rows is None else len(rows)
-        if self.stamps is not None and not np.all((self.stamps >= 0) & (self.stamps <= count)):
+        if self.last_step is not None and not np.all((self.last_step >= 0) & (self.last_step <= count)):
             raise CheckpointError(
-                f"the checkpoint's stamps of states[{index}] go from {self.stamps.min()} to "
-                f"{self.stamps.max()}; expected 0 to {count}, the steps recorded"
+                f"the checkpoint's last_step of states[{index}] go from {self.last_step.min()} to "
+                f"{self.last_step.max()}; expected 0 to {count}, the steps recorded"
             )
 
 
-STANDARD = (Optimizer.create_state, Optimizer.create_state_multi_precision)
+STANDARD = (HasStates.create_state, HasStates.create_state_multi_precision)
 
 
-def _recorded(optimizer: Optimizer, what: str, rows: Any) -> np.ndarray:
+def _recorded(optimizer: HasStates, what: str, rows: Any) -> np.ndarray:
     """The steps that some rows of a parameter have yet to take, as a checkpoint has them."""
     if optimizer.sparse_update != "exact" or optimizer.rule is None:
         raise CheckpointError(
             f"the checkpoint has {what}, of an optimizer with sparse_update='exact'; "
             f"this one has {optimizer.sparse_update!r}"
         )
-    length, _ = optimizer._recorded_as(np.dtype(np.float32))
+    length = optimizer.coefficient_row_length()
     fits = isinstance(rows, np.ndarray) and rows.dtype in (np.float32, np.float64) and rows.ndim == 2
     if not fits or rows.shape[1] != length or np.isnan(rows).any():
         expected = f"numbers of float32 or float64, {length} in each row"
@@ -179,29 +182,29 @@ def _recorded(optimizer: Optimizer, what: str, rows: Any) -> np.ndarray:
 
 
 def _check_arrays(
-    optimizer: Optimizer,
+    optimizer: HasStates,
     what: str,
     master: np.ndarray | None,
     states: list[np.ndarray],
-    stamps: np.ndarray | None,
+    last_step: np.ndarray | None,
 ) -> np.dtype | None:
     """Refuse arrays that do not belong together; the weight's dtype, if they tell it."""
     stored = None
     if optimizer.state_dtype is not None:
-        stored = device.state_dtype(optimizer._stored, np.dtype(np.float32))
+        stored = state_dtype(optimizer.state_storage, np.dtype(np.float32))
     weight = states[0].dtype if states and stored is None else None
     if master is not None:
         weight = np.dtype(np.float32)
         _check(f"float32 weight of {what}", master, weight, master.shape)
     shape = master.shape if master is not None else states[0].shape if states else None
-    if weight is not None and not device.code_of(weight):
-        raise CheckpointError(f"{what} is {weight}; expected float32, float64, float16 or bfloat16")
+    if weight is not None and not code_of(weight):
+        raise CheckpointError(f"{what} is {weight}; expected {EXPECTED}")
     for state in states:
         expected = (*shape[:1], 1) if optimizer.per_row and shape else shape
         _check(what, state, stored or weight, expected)
-    if stamps is not None:
-        rows = stamps.shape[:1] if shape is None else shape[:1] or (1,)
-        _check(f"stamps of {what}", stamps, np.dtype(np.int64), rows)
+    if last_step is not None:
+        rows = last_step.shape[:1] if shape is None else shape[:1] or (1,)
+        _check(f"last_step of {what}", last_step, np.dtype(np.int64), rows)
     return weight
 
 
@@ -215,7 +218,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _is_state(value: Any, n: int, exact: bool) -> bool:
-    """Whether a value consists of `n` states, with stamps if they are `exact`."""
+    """Whether a value consists of `n` states, with last_step if they are `exact`."""
     if exact:
         pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], np.ndarray)
         return pair and _is_state(value[0], n, False)
@@ -231,12 +234,12 @@ def _form(value: Any) -> str:
     return "None" if value is None else "array"
 
 
-def _expected(optimizer: Optimizer) -> str:
+def _expected(optimizer: HasStates) -> str:
     """What a state of an optimizer consists of."""
     names = optimizer.state_names
     form = f"({', '.join(names)})" if len(names) > 1 else names[0] if names else "None"
     if optimizer.sparse_update == "exact":
-        form = f"({form}, stamps)"
+        form = f"({form}, last_step)"
     return f"{form} or (float32 weight, {form})" if optimizer.multi_precision else form
 
 

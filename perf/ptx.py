@@ -96,6 +96,13 @@ def tool(name: str) -> str | None:
     return shutil.which(name)
 
 
+def shown_as(argument: Any) -> str:
+    """What a kernel is made for, in a word or a few."""
+    if hasattr(argument, "function"):  # a rule
+        return str(argument.function.__name__)
+    return str(getattr(argument, "text", argument))
+
+
 def kernels() -> Iterator[tuple[str, Any, Any]]:
     """What there is to tell: a name, a kernel, and compute capabilities.
 
@@ -104,20 +111,19 @@ def kernels() -> Iterator[tuple[str, Any, Any]]:
     """
     import numba_opt
     from numba_opt.cuda import kernels as loops
-    from numba_opt.tools.warmup import _instances, cuda_kernels
+    from numba_opt.tools.wanted import cuda_kernels, variants
 
-    variants = _instances(None)
-    single = [*cuda_kernels(variants, ["f4"], sparse=True)]
-    others = [*cuda_kernels(variants, ["f8", "f2", "b2"], sparse=False)]
+    every = variants(None)
+    single = [*cuda_kernels(every, ["f32"], sparse=True)]
+    others = [*cuda_kernels(every, ["f64", "f16", "bf16"], sparse=False)]
     modes = [
         kernel
         for cls in (numba_opt.NAG, numba_opt.FTML, numba_opt.GroupAdaGrad)
         for mode in ("dense", "exact")
-        for kernel in cuda_kernels(_instances(cls(sparse_update=mode)), ["f4"], sparse=True)
+        for kernel in cuda_kernels(variants(cls(sparse_update=mode)), ["f32"], sparse=True)
     ]
     for name, *args in dict.fromkeys([*single, *others, *modes]):
-        words = [arg.__name__ if callable(arg) else str(arg) for arg in args]
-        shown = " ".join((name, *(w for w in words if w not in ("0", "1", "2", "3", "True", "False"))))
+        shown = " ".join((name, *map(shown_as, args)))
         wide = name == "dense" and (name, *args) in single
         yield shown, getattr(loops, name)(*args), CAPABILITIES if wide else [(9, 0)]
 

@@ -72,10 +72,10 @@ int cuModuleLoadData(void **module, const void *image) {
 }
 int cuModuleGetFunction(void **function, void *module, const char *name) { return *function = strdup(name), 0; }
 
-/* The name, the grid, the block, the stream, the first argument, and of `set_hyper` the learning rate. */
+/* The name, the grid, the block, the stream, the first argument, and of `set_coefficients` the learning rate. */
 int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c,
                    unsigned shared, void *stream, void **arguments, void **extra) {
-    double number = strstr(function, "set_hyper") ? *(double *)arguments[10] : 0;
+    double number = strstr(function, "set_coefficients") ? *(double *)arguments[10] : 0;
     printf("%s %u %u %p %lld %g\n", (char *)function, x * y * z, a * b * c, stream, *(long long *)arguments[0], number);
     return stream && setting ? 999 : 0;
 }

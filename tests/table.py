@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import numba_opt
+from numba_opt.core.storage import Layout, TouchedForm
 
 
 def nag(w, g, lr, t, mom=None, *, momentum=0.9):
@@ -105,6 +106,18 @@ class Call(NamedTuple):
 
     def copy(self) -> Call:
         return copy.deepcopy(self)
+
+
+def layout(text: str, n_state: int) -> Layout:
+    """How a gradient (or "-" for none), a weight, so many states and perhaps a model weight are stored."""
+    grad, weight, *rest = text.split()
+    return Layout("" if grad == "-" else grad, weight, tuple(rest[:n_state]), "".join(rest[n_state:]))
+
+
+def form(text: str) -> TouchedForm:
+    """How a sparse gradient is given: its kind, perhaps how indices are stored, how its numbers are."""
+    kind, *codes = text.split()
+    return TouchedForm(kind, *reversed(codes))
 
 
 def build(row: Row, **kwargs: Any) -> numba_opt.Optimizer:

@@ -31,7 +31,7 @@ def prepared(name, **kwargs):
 
 def snapshot(optimizer, *things):
     """All that a failing call could have changed."""
-    kept = ("rule", "param_dict", "lr_scheduler", "_prepared", "_checked")  # the last two are caches
+    kept = ("rule", "param_dict", "lr_scheduler", "_executors", "_checked")  # the last two are caches
     plain = {k: v for k, v in vars(optimizer).items() if k not in kept}
     return table.content(*things), copy.deepcopy(plain)
 

@@ -529,11 +529,11 @@ def test_files_of_earlier_versions(name):
     if name == "updater_1":
         updater = numba_opt.get_updater(numba_opt.NAG(sparse_update="exact", multi_precision=True))
         updater.set_states(path.read_bytes())
-        master, (mom, stamps) = updater.states["a", 3]
-        assert snapshot([master, mom, stamps]) == snapshot(
+        master, (mom, last_step) = updater.states["a", 3]
+        assert snapshot([master, mom, last_step]) == snapshot(
             [arrays[f"/0/1/{place}"] for place in ("0", "1/0", "1/1")]
         )
-        assert snapshot(updater.optimizer._history["a", 3].rows()) == snapshot(arrays["histories/0/1"])
+        assert snapshot(updater.optimizer._deferred["a", 3].rows()) == snapshot(arrays["histories/0/1"])
         updater.optimizer.flush([("a", 3)], [np.ones((4, 2), "f2")], [updater.states["a", 3]])
         return
     shapes = {"block/0.weight": ((3, 2), "f2"), "é'": (3, "f8"), "b": ((2, 2), ml_dtypes.bfloat16)}
@@ -564,7 +564,9 @@ def test_anybody_can_read_the_arrays(trainer, tmp_path):
     assert snapshot(arrays["/parameters/w/weight"]) == snapshot(trainer.params["w"])
 
 
-@pytest.mark.parametrize("module", ["io/checkpoint", "io/tensor_file", "trainer", "updater", "binding"])
+@pytest.mark.parametrize(
+    "module", ["io/checkpoint", "io/tensor_file", "trainer", "trainer_state", "updater", "bound_parameters"]
+)
 def test_no_pickle(module):
     tree = ast.parse((ROOT / "numba_opt" / f"{module}.py").read_text())
     imported = set()

@@ -142,7 +142,7 @@ def updater_content():
 
 
 def described(updater):
-    late = {i: history.rows() for i, history in updater.optimizer._history.items()}
+    late = {i: history.rows() for i, history in updater.optimizer._deferred.items()}
     return snapshot(
         [list(updater.states.items()), checkpoint.describe(updater.optimizer), list(late.items())]
     )

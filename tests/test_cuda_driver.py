@@ -117,7 +117,7 @@ def seen(library):
 
 def kernels(step):
     """The kernels and copies of a step, by name."""
-    words = r"copy|wait|set_hyper|_element_kernel|squares|clip_norm|keys|merge|rows"
+    words = r"copy|wait|set_coefficients|_element_kernel|squares|clip_norm|keys|merge|rows"
     return [re.search(words, line[0].replace("cuda4rows", ""))[0] for line in step]  # the file's name
 
 
@@ -128,23 +128,30 @@ def test_devices(seen):
 def test_what_a_step_launches(seen):
     """Tables and hyper-parameters go to the device when they change, and only then."""
     first, second, third, sparse = map(kernels, seen[1])
-    assert first == ["copy", "set_hyper", "squares", "clip_norm", "_element_kernel"]
+    assert first == ["copy", "set_coefficients", "squares", "clip_norm", "_element_kernel"]
     assert second == ["squares", "clip_norm", "_element_kernel"]
-    assert third == ["set_hyper", "squares", "clip_norm", "_element_kernel"]
-    assert sparse == ["copy", "set_hyper", "keys", "merge", "merge", "rows"]  # of 3,000 keys, 1,024 a block
+    assert third == ["set_coefficients", "squares", "clip_norm", "_element_kernel"]
+    assert sparse == [
+        "copy",
+        "set_coefficients",
+        "keys",
+        "merge",
+        "merge",
+        "rows",
+    ]  # of 3,000 keys, 1,024 a block
 
 
 def test_grids_streams_and_arguments(seen):
     """Four chunks, a block each; the stream is the one that was named; learning rates are in the buffer."""
-    _, set_hyper, squares, clip_norm, dense = seen[1][0]
-    assert [line[1:4] for line in (set_hyper, squares, clip_norm, dense)] == [
+    _, set_coefficients, squares, clip_norm, dense = seen[1][0]
+    assert [line[1:4] for line in (set_coefficients, squares, clip_norm, dense)] == [
         ["1", "1", "0x70"],
         ["4", "256", "0x70"],
         ["1", "256", "0x70"],
         ["4", "256", "0x70"],
     ]
     assert dense[4] == squares[4]  # the table
-    assert set_hyper[4] == clip_norm[4]  # the buffer
+    assert set_coefficients[4] == clip_norm[4]  # the buffer
     assert [float(step[k][5]) for step, k in ((seen[1][0], 1), (seen[1][2], 0))] == [0.5, 0.25]
     assert {line[3] for line in seen[1][3][1:]} == {"(nil)"}  # the default stream
 
@@ -158,11 +165,11 @@ def test_the_torch_front(library):
     pytest.importorskip("torch")
     counted, steps = run(FRONT, library)
     first, second, third, named, sparse = map(kernels, steps)
-    assert first == ["copy", "set_hyper", "_element_kernel"]
-    assert second == ["set_hyper", "_element_kernel"]  # the learning rate is of the update's number
+    assert first == ["copy", "set_coefficients", "_element_kernel"]
+    assert second == ["set_coefficients", "_element_kernel"]  # the learning rate is of the update's number
     assert third == first
     assert named == ["wait", "wait", *second, "wait"]
-    assert sparse == ["copy", "set_hyper", "keys", "rows"]
+    assert sparse == ["copy", "set_coefficients", "keys", "rows"]
     assert {line[2 if line[0] == "copy" else 3] for step in steps[:3] for line in step} == {"0x51"}
     assert [line[-1] if line[0] == "wait" else line[3] for line in steps[3]] == [
         *["0x70"] * 4,

@@ -20,18 +20,18 @@ pytestmark = [
 def kernel(name):
     from numba_opt.cuda import kernels as cuda
 
-    rule = table.build(table.row("groupadagrad"))._rule()
+    rule = table.build(table.row("groupadagrad")).checked_rule()
     return {
-        "dense": lambda: cuda.dense(*rule, "f4 f4 f4"),
-        "rows": lambda: cuda.rows(*rule, "f4 f4", "keys f4"),
-        "late": lambda: cuda.late(*rule, "f4 f4", "csr i4 f4"),
-        "keys": lambda: cuda.keys("i8"),
-        "squares": lambda: cuda.squares("f4"),
+        "dense": lambda: cuda.dense(rule, table.layout("f32 f32 f32", 1)),
+        "rows": lambda: cuda.rows(rule, table.layout("- f32 f32", 1), table.form("keys f32")),
+        "catch_up": lambda: cuda.catch_up(rule, table.layout("- f32 f32", 1), table.form("csr i32 f32")),
+        "keys": lambda: cuda.keys("i64"),
+        "squares": lambda: cuda.squares("f32"),
     }[name]()
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (7, 5)], ids=["9.0", "7.5"])
-@pytest.mark.parametrize("name", ["dense", "rows", "late", "keys", "squares"])
+@pytest.mark.parametrize("name", ["dense", "rows", "catch_up", "keys", "squares"])
 def test_accesses_stay_on_their_side_of_barriers(name, capability, tmp_path):
     """A row's state is loaded before the warp's barrier and stored after it; shared memory is written before
     the block's barrier and read after it."""

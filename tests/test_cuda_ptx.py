@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from numba_opt.core.rules import Rule
 from perf import ptx
 
 from . import table
@@ -45,6 +46,16 @@ def made():
     return make
 
 
+def own(rule, state, grad="-"):
+    """How float32 weights with states of some storage are laid out."""
+    return table.layout(" ".join([grad, "f32", *[state] * rule.n_state]), rule.n_state)
+
+
+def single(rule):
+    """The layout in which everything is float32."""
+    return own(rule, "f32", "f32")
+
+
 def check(found):
     """What no kernel may have."""
     assert found.contracted == found.calls == found.local == found.generic == 0
@@ -62,8 +73,8 @@ def check_once(found, loads, stores):
 @pytest.mark.parametrize("name", LIMITS)
 def test_dense_kernels_in_single_precision(made, name, capability):
     row = table.row(name)
-    rule = table.build(row)._rule()
-    found = made("dense", *rule, " ".join(["f4"] * (2 + rule.n_state)), capability=capability)
+    rule = table.build(row).checked_rule()
+    found = made("dense", rule, single(rule), capability=capability)
     check(found)
     assert found.double == 0
     if rule.per_row:
@@ -80,79 +91,81 @@ def test_dense_kernels_in_single_precision(made, name, capability):
 @pytest.mark.parametrize(
     ("layout", "loads", "stores"),
     [
-        ("f8 f8 f8", 3, 2),  # 2 elements a group
-        ("f2 f2 f2", 3, 2),  # 8 of them
-        ("b2 b2 b2", 3, 2),
-        ("f2 f4 f4 f2", 5, 5),  # 8, and two accesses for each array of float32
-        ("b2 f4 f4 b2", 5, 5),
-        ("f4 f4 f4 f2", 6, 5),
-        ("f2 f4 f4", 5, 4),
-        ("f4 f4 sb2", 5, 3),  # rounded by chance
-        ("f4 f4 sf2", 5, 3),
-        ("b2 f4 sb2 b2", 4, 4),
+        ("f64 f64 f64", 3, 2),  # 2 elements a group
+        ("f16 f16 f16", 3, 2),  # 8 of them
+        ("bf16 bf16 bf16", 3, 2),
+        ("f16 f32 f32 f16", 5, 5),  # 8, and two accesses for each array of float32
+        ("bf16 f32 f32 bf16", 5, 5),
+        ("f32 f32 f32 f16", 6, 5),
+        ("f16 f32 f32", 5, 4),
+        ("f32 f32 bf16:sr", 5, 3),  # rounded stochastically
+        ("f32 f32 f16:sr", 5, 3),
+        ("bf16 f32 bf16:sr bf16", 4, 4),
     ],
 )
 def test_dense_kernels_of_other_layouts(made, layout, loads, stores):
-    rule = table.build(table.row("nag"))._rule()
-    found = made("dense", *rule, layout)
+    rule = table.build(table.row("nag")).checked_rule()
+    found = made("dense", rule, table.layout(layout, rule.n_state))
     check(found)
-    assert (found.double == 0) == ("f8" not in layout)
+    assert (found.double == 0) == ("f64" not in layout)
     check_once(found, loads, stores)
     assert found.registers <= 96
 
 
 @pytest.mark.parametrize("name", ["begun", "plus"])
-@pytest.mark.parametrize("layout", ["f4 f4", "f8 f8", "f2 f4", "b2 f4", "f2 f2"])
+@pytest.mark.parametrize("layout", ["f32 f32", "f64 f64", "f16 f32", "bf16 f32", "f16 f16"])
 def test_accumulation(made, name, layout):
     from numba_opt.cuda import kernels as cuda
 
-    found = made("dense", getattr(cuda, name), 0, False, layout)
+    found = made("dense", Rule(getattr(cuda, name), 0, False), table.layout(layout, 0))
     check(found)
-    assert (found.double == 0) == ("f8" not in layout)
-    wide = 2 if layout in ("f2 f4", "b2 f4") else 1  # accesses of a group of 8 sums
+    assert (found.double == 0) == ("f64" not in layout)
+    wide = 2 if layout in ("f16 f32", "bf16 f32") else 1  # accesses of a group of 8 sums
     check_once(found, 1 + wide * (name == "plus"), wide)  # the first gradient does not ask what the sum was
     assert found.registers <= 40
 
 
-@pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4", "every-keys f4", "every-csr i4 f4"])
+@pytest.mark.parametrize(
+    "form", ["rows i64 f32", "keys f32", "csr i32 f32", "every-keys f32", "every-csr i32 f32"]
+)
 @pytest.mark.parametrize("name", ["adamax", "groupadagrad"])
-@pytest.mark.parametrize("state", ["f4", "sb2"])
+@pytest.mark.parametrize("state", ["f32", "bf16:sr"])
 def test_rows(made, name, form, state):
-    rule = table.build(table.row(name))._rule()
-    found = made("rows", *rule, " ".join(["f4", *[state] * rule.n_state]), form)
+    rule = table.build(table.row(name)).checked_rule()
+    found = made("rows", rule, own(rule, state), table.form(form))
     check(found)
     assert found.double == 0
-    assert found.registers <= (80 if state == "f4" else 96)
+    assert found.registers <= (80 if state == "f32" else 96)
 
 
 @pytest.mark.parametrize("name", [name for name in LIMITS if name != "nag-plain"])
-@pytest.mark.parametrize("state", ["sb2", "sf2"])
-def test_states_rounded_by_chance(made, name, state):
-    rule = table.build(table.row(name))._rule()
-    found = made("dense", *rule, " ".join(["f4", "f4", *[state] * rule.n_state]))
+@pytest.mark.parametrize("state", ["bf16:sr", "f16:sr"])
+def test_states_rounded_stochastically(made, name, state):
+    rule = table.build(table.row(name)).checked_rule()
+    found = made("dense", rule, own(rule, state, "f32"))
     check(found)
     assert found.double == 0
     assert found.registers <= LIMITS[name] + 24  # groups are of 8, as states are half as long
 
 
-@pytest.mark.parametrize("form", ["keys f4", "csr i4 f4", "none f4"])
+@pytest.mark.parametrize("form", ["keys f32", "csr i32 f32", "none f32"])
 @pytest.mark.parametrize("name", ["nag", "rmsprop-centered", "groupadagrad"])
 def test_rows_that_catch_up(made, name, form):
-    rule = table.build(table.row(name))._rule()
-    found = made("late", *rule, " ".join(["f4"] * (1 + rule.n_state)), form)
+    rule = table.build(table.row(name)).checked_rule()
+    found = made("catch_up", rule, own(rule, "f32"), table.form(form))
     check(found)
     assert found.double == 0
     assert found.registers <= 72
 
 
-@pytest.mark.parametrize("form", ["rows i8 f4", "keys f4", "csr i4 f4"])
+@pytest.mark.parametrize("form", ["rows i64 f32", "keys f32", "csr i32 f32"])
 def test_squares_of_rows(made, form):
-    found = made("row_squares", "f4", form)
+    found = made("row_squares", "f32", table.form(form))
     check(found)
     assert found.registers <= 64
 
 
-@pytest.mark.parametrize("code", ["f4", "f8", "f2", "b2"])
+@pytest.mark.parametrize("code", ["f32", "f64", "f16", "bf16"])
 def test_squares(made, code):
     found = made("squares", code)
     check(found)
@@ -165,11 +178,12 @@ def test_what_warps_and_blocks_wait_for():
     from numba_opt.cuda import code as cuda_code
     from numba_opt.cuda import kernels as cuda
 
-    rule = table.build(table.row("groupadagrad"))._rule()
-    late = cuda_code.ptx(cuda.late(*rule, "f4 f4", "csr i4 f4"), (9, 0))
+    rule = table.build(table.row("groupadagrad")).checked_rule()
+    catching_up = cuda.catch_up(rule, table.layout("- f32 f32", 1), table.form("csr i32 f32"))
+    late = cuda_code.ptx(catching_up, (9, 0))
     assert late.count("bar.warp.sync") >= 2
     assert "vote.sync.all" in late
-    keys = cuda_code.ptx(cuda.keys("i8"), (9, 0))
+    keys = cuda_code.ptx(cuda.keys("i64"), (9, 0))
     assert "bar.sync" in keys
     assert "ld.shared" in keys
     assert "st.shared" in keys
@@ -178,14 +192,18 @@ def test_what_warps_and_blocks_wait_for():
 @pytest.mark.parametrize(
     "args",
     [
-        *(("keys", "i4"), ("keys", "i8"), ("merge",), ("set_hyper",), ("clip_norm",)),
-        *(("record", 5, "f4"), ("record", 5, "f8"), ("forget",), ("vacate",)),
-        *(("collect", "f4", "rows i8 f2"), ("collect", "f2", "csr i4 f4"), ("collect", "f8", "csr i8 f8")),
-        *(("spread", "f2", False), ("spread", "f4", True)),
+        *(("keys", "i32"), ("keys", "i64"), ("merge",), ("set_coefficients",), ("clip_norm",)),
+        *(("record", 5, "f32"), ("record", 5, "f64"), ("forget",), ("vacate",)),
+        *(
+            ("collect", "f32", "rows i64 f16"),
+            ("collect", "f16", "csr i32 f32"),
+            ("collect", "f64", "csr i64 f64"),
+        ),
+        *(("spread", "f16", False), ("spread", "f32", True)),
     ],
 )
 def test_other_kernels(made, args):
-    check(made(*args))
+    check(made(*(table.form(arg) if " " in str(arg) else arg for arg in args)))
 
 
 def test_kernels_are_kept(tmp_path, monkeypatch):
@@ -198,13 +216,13 @@ def test_kernels_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     cuda_code.compiled.cache_clear()
     before = cuda_code.how_many()
-    first = cuda_code.compiled(cuda.set_hyper(), (8, 0))
+    first = cuda_code.compiled(cuda.set_coefficients(), (8, 0))
     cuda_code.compiled.cache_clear()
-    again = cuda_code.compiled(cuda.set_hyper(), (8, 0))
+    again = cuda_code.compiled(cuda.set_coefficients(), (8, 0))
     assert cuda_code.how_many() == before + 1
     assert (first.name, first.cubin) == (again.name, again.cubin)
     for path in (tmp_path / "numba_opt").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     cuda_code.compiled.cache_clear()
-    assert cuda_code.compiled(cuda.set_hyper(), (8, 0)).cubin
+    assert cuda_code.compiled(cuda.set_coefficients(), (8, 0)).cubin
     assert cuda_code.how_many() == before + 2

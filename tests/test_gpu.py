@@ -327,7 +327,7 @@ def test_accumulate(library, row, dtype):
             for trainer, own in ((gpu, library.put(grads)), (cpu, grads)):
                 trainer.step(own, batch_size=4) if last else trainer.accumulate(own)
         if step != 1:
-            table.assert_bits(library.get(gpu._sums), cpu._sums)
+            table.assert_bits(library.get(gpu._totals), cpu._totals)
             for trainer in (gpu, cpu):
                 trainer.step(batch_size=4)
         assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)

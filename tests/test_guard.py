@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import numba_opt
-from numba_opt.cpu import execution, threads
+from numba_opt.cpu import threads
+from numba_opt.cpu.executor import PreparedKernel
 
 from .table import Row, each, leaves, make, row
 
@@ -255,20 +256,15 @@ def test_more_python_for_each_call_would_be_noticed(monkeypatch):
 
 
 def test_a_kernel_call_for_each_tensor_would_be_noticed(monkeypatch):
-    launches = execution.launches
+    job = PreparedKernel.job
 
-    def one_each(rule, tables):
-        return [
-            launch._replace(
-                addresses=launch.addresses[t : t + 1],
-                offsets=launch.offsets[t : t + 2] - launch.offsets[t],
-                elements=int(launch.offsets[t + 1] - launch.offsets[t]),
-            )
-            for launch in launches(rule, tables)
-            for t in range(len(launch.addresses))
-        ]
+    def one_each(kernel, rows):
+        for t in range(len(kernel.table)):
+            offsets = kernel.offsets[t : t + 2] - kernel.offsets[t]
+            threads.run([job(kernel._replace(table=kernel.table[t : t + 1], offsets=offsets), rows)])
+        return job(kernel, rows)
 
-    monkeypatch.setattr(execution, "launches", one_each)
+    monkeypatch.setattr(PreparedKernel, "job", one_each)
     with pytest.raises(AssertionError):
         check_kernels(stepped(row("nag"), 200), 1, monkeypatch)
 

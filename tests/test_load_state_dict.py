@@ -148,14 +148,14 @@ def test_options_that_contradict_the_states(option, value, here, state_dict):
 
 
 @pytest.mark.parametrize("half", [True, False])
-def test_stamps_of_steps_that_are_not_there(half):
-    """A trainer flushes before it saves; with other stamps its rows would take steps that nobody recorded."""
+def test_last_step_of_steps_that_are_not_there(half):
+    """A trainer flushes before it saves; with others rows would take steps that nobody recorded."""
     params = {"a": np.ones((4, 2), "f2" if half else "f4")}
     trainer = Trainer(params, "nag", sparse_update="exact", multi_precision=half)
     state = trainer.state_dict()
     parts = state["parameters"]["a"]["state"]
-    stamps = parts[1][1] if half else parts[1]
-    stamps[2] = 7
+    last_step = parts[1][1] if half else parts[1]
+    last_step[2] = 7
     before = snapshot(trainer)
     with pytest.raises(CheckpointError, match=r"state of parameter 'a' has 1 rows .* that lag behind"):
         trainer.load_state_dict(state)

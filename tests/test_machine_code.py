@@ -24,14 +24,14 @@ X86 = pytest.mark.skipif(
 # Each layout's conversions, as operations that must be done for several elements at once.
 HALF, BFLOAT = "fpext fptrunc", "shl lshr add"
 LAYOUTS = {
-    "adamax f2 f2 f2 f2": HALF,
-    "adamax b2 b2 b2 b2": BFLOAT,
-    "nag f2 f4 f4 f2": HALF,  # with a float32 copy
-    "nag b2 f4 f4 b2": BFLOAT,
-    "ftml f4 f4 b2 b2 b2": f"{BFLOAT} fdiv sqrt",  # state_dtype
-    "ftml f4 f4 f2 f2 f2": f"{HALF} fdiv sqrt",
-    "rmsprop f4 f4 sb2": "shl lshr mul fdiv sqrt",  # stochastic_rounding
-    "rmsprop f4 f4 sf2": "fpext lshr mul fptosi fdiv sqrt",
+    "adamax f16 f16 f16 f16": HALF,
+    "adamax bf16 bf16 bf16 bf16": BFLOAT,
+    "nag f16 f32 f32 f16": HALF,  # with a float32 copy
+    "nag bf16 f32 f32 bf16": BFLOAT,
+    "ftml f32 f32 bf16 bf16 bf16": f"{BFLOAT} fdiv sqrt",  # state_dtype
+    "ftml f32 f32 f16 f16 f16": f"{HALF} fdiv sqrt",
+    "rmsprop f32 f32 bf16:sr": "shl lshr mul fdiv sqrt",  # stochastic_rounding
+    "rmsprop f32 f32 f16:sr": "fpext lshr mul fptosi fdiv sqrt",
 }
 
 # Names that LLVM knows, and what such a processor has; "here" is whatever Numba finds.
@@ -48,14 +48,19 @@ PROCESSORS = {
 
 def single(row):
     """The kernel of a row of the table in float32, as a line of text."""
-    return " ".join([row.id, "f4", "f4", *["f4"] * row.states])
+    return " ".join([row.id, "f32", "f32", *["f32"] * row.states])
 
 
 SCALAR = "fadd|fsub|fmul|fdiv|fneg|fpext|fptrunc|fptosi|sitofp|bitcast"  # with one element
 
 ROWS = {single(row): row for row in table.TABLE}
-FEW = [single(table.row("ftml")), "adamax f2 f2 f2 f2", "adamax b2 b2 b2 b2", "rmsprop f4 f4 sf2"]
-OLD = [*FEW[:1], FEW[2], "rmsprop f4 f4 sb2"]  # without F16C, float16 is converted one by one
+FEW = [
+    single(table.row("ftml")),
+    "adamax f16 f16 f16 f16",
+    "adamax bf16 bf16 bf16 bf16",
+    "rmsprop f32 f32 f16:sr",
+]
+OLD = [*FEW[:1], FEW[2], "rmsprop f32 f32 bf16:sr"]  # without F16C, float16 is converted one by one
 
 COMPILE = """
 import json, sys
@@ -68,7 +73,8 @@ cache.KernelCache.load_overload = lambda *args: None  # the code of a kept kerne
 code = {}
 for line in sys.argv[1:]:
     name, layout = line.split(" ", 1)
-    kernel = cpu.dense(*table.build(table.row(name))._rule(), layout)
+    rule = table.build(table.row(name)).checked_rule()
+    kernel = cpu.dense(rule, table.layout(layout, rule.n_state))
     code[line] = ["".join(text.values()) for text in (kernel.inspect_asm(), kernel.inspect_llvm())]
 print(json.dumps({"f16c": bool(half.converts_half(cpu_target.target_context)), "code": code}))
 """
@@ -86,7 +92,7 @@ def compiled(processor):
 
 def code(processor, line):
     found = compiled(processor)
-    if "f2" in line and not found["f16c"]:
+    if "f16" in line and not found["f16c"]:
         pytest.skip("this processor has no F16C")
     return found["code"][line]
 

@@ -10,9 +10,13 @@ import pytest
 import scipy.sparse as ss
 
 import numba_opt
-from numba_opt import RowSparse, device
-from numba_opt.cpu import execution, sparse, threads
-from numba_opt.cpu import loops as cpu
+from numba_opt import RowSparse
+from numba_opt.core.call import Arrays
+from numba_opt.core.step_rows import StepRows
+from numba_opt.cpu import measures, threads
+from numba_opt.cpu.executor import CpuExecutor
+from numba_opt.cpu.reader import read_dense
+from numba_opt.cpu.touched import TouchedRows
 
 from . import table
 from .scripts import printed
@@ -186,7 +190,7 @@ def test_no_more_threads_join_than_have_a_place():
     address = np.array([[array.ctypes.data, 0, 0]], np.uint64)
     total, progress = np.zeros((19, 1)), np.array([3, 0, 0])
     args = (address, np.array([0, array.size]), total, threads.scratch(3, 64), progress)
-    kernel = cpu.squares("f4").entry_point
+    kernel = measures.squares("f32").entry_point
     kernel(*args)
     assert (total == 0).all()
     assert progress.tolist() == [4, 0, 0]
@@ -255,7 +259,7 @@ def test_a_shape_that_changes_in_place(name):
         step(optimizers[0], weights, grads)
         fresh = [weight.copy() for weight in expected]
         step(optimizers[1], fresh, [grad.copy() for grad in grads])
-        optimizers[1]._prepared.clear()
+        optimizers[1]._executors.clear()
         expected = fresh
         table.assert_bits(weights, expected)
 
@@ -277,14 +281,14 @@ def test_row_numbers_and_columns_that_change_after_they_were_checked(what, mode,
     good, bad = array.copy(), np.linspace(-(2**31), 2**31 - 1, len(array)).astype(array.dtype)
     expected = weight.copy()
     numba_opt.Trainer([expected], numba_opt.NAG(sparse_update=mode)).step([gradient])
-    all_jobs = execution.all_jobs
+    made = CpuExecutor.jobs
 
     def then_changed(*args):
-        jobs = all_jobs(*args)
+        jobs = made(*args)
         array[:] = bad
         return jobs
 
-    monkeypatch.setattr(execution, "all_jobs", then_changed)
+    monkeypatch.setattr(CpuExecutor, "jobs", then_changed)
     trainer = numba_opt.Trainer([weight], numba_opt.NAG(sparse_update=mode))
     trainer.step([gradient])
     if what == "indices":
@@ -308,8 +312,8 @@ def test_kernels_pass_over_what_leads_outside():
         weight = room[4:8]
         state = optimizer.create_state(0, weight)
         parts = {
-            "block f4": (np.ones((3, 5), "f4"), np.array([-3, 2, 5]), None, None),
-            "csr f4": (
+            "block f32": (np.ones((3, 5), "f4"), np.array([-3, 2, 5]), None, None),
+            "csr f32": (
                 np.ones(4, "f4"),
                 np.array([2, 3, 7]),
                 np.array([0, 3, 3, 4]),
@@ -318,21 +322,21 @@ def test_kernels_pass_over_what_leads_outside():
         }
         for form, arrays in parts.items():
             before = room.copy()
-            request = device.Request(
+            arrays_of_call = Arrays(
                 columns=[[None], [weight], [state]] if state is not None else [[None], [weight]],
-                states=["s"],
-                per_row=name == "groupadagrad",
+                rule=optimizer.checked_rule(),
+                states=optimizer.state_names,
                 label=str,
-                apart={0: ()},
+                touched={0: None},
             )
-            work = execution.Work(device.bind(request), {0: sparse.Parts(form, *arrays)}, {}, {})
-            rule = optimizer._rule()
-            hyper = [optimizer._hyper_row(1.0, 0.1, 0.0, 1)]
-            threads.run(execution.all_jobs(rule, work, hyper, [0]))
+            call = read_dense(arrays_of_call)._replace(touched={0: TouchedRows(table.form(form), *arrays)})
+            executor = CpuExecutor(call.rule)
+            executor.hold([call])
+            threads.run(executor.jobs(StepRows.alike(optimizer.coefficient_row(1.0, 0.1, 0.0, 1), 1)))
             changed = np.argwhere(room != before)
             assert len(changed)
             assert (changed[:, 0] == 6).all()
-            if form == "csr f4":
+            if form == "csr f32":
                 assert changed[:, 1].tolist() == [3]
 
 

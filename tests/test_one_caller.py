@@ -15,7 +15,7 @@ import pytest
 import numba_opt
 from numba_opt import RowSparse, Trainer
 from numba_opt.core.turn import Turn
-from numba_opt.cpu.execution import History
+from numba_opt.cpu.deferred import DeferredSteps
 from numba_opt.trainer import UNASKED
 
 from . import table
@@ -330,7 +330,7 @@ def calls(k):
             trainer.flush()
 
 def check():
-    sums = trainer._sums is not None
+    sums = trainer._totals is not None
     n = trainer.optimizer.num_update
     counts = set(trainer.optimizer._index_update_count.values())
     assert counts <= {n}, (counts, n)
@@ -359,7 +359,7 @@ while came < int(sys.argv[2]):
         came += 1
     signal.setitimer(signal.ITIMER_REAL, 0)
     if kind == "accumulate":
-        trainer._sums = None
+        trainer._totals = None
     check()
 calls(0), calls(1)
 print(check() > 0)
@@ -417,7 +417,7 @@ def test_a_step_is_whole_whatever_a_profiler_raises(kind):
             pass
         finally:
             sys.setprofile(None)
-        trainer._sums = None
+        trainer._totals = None
         count = optimizer.num_update
         assert set(optimizer._index_update_count.values()) == {count}
         for weight in weights:
@@ -489,8 +489,8 @@ print(json.dumps([came > 0, weight.tolist()]))
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "readable"])
 def test_rows_that_nobody_touches_catch_up_in_time(fused, monkeypatch):
     """The history stays below some limit, and the weights are those of a dense run."""
-    monkeypatch.setattr(History, "LIMIT", 16)
-    monkeypatch.setattr(History, "TRIM", 8)
+    monkeypatch.setattr(DeferredSteps, "LIMIT", 16)
+    monkeypatch.setattr(DeferredSteps, "TRIM", 8)
     rng = np.random.default_rng(0)
     weight, other = (np.ones((37, 3)) for _ in range(2))
     options = {"learning_rate": 0.1, "wd": 0.05, "use_fused_step": fused}
@@ -502,7 +502,7 @@ def test_rows_that_nobody_touches_catch_up_in_time(fused, monkeypatch):
         grad = RowSparse(rows, rng.standard_normal((2, 3)), weight.shape)
         exact.step([grad])
         dense.step([grad])
-        longest = max(longest, exact.optimizer._history[0].recorded)
+        longest = max(longest, exact.optimizer._deferred[0].recorded)
     assert 16 <= longest <= 64
     exact.flush()
     np.testing.assert_array_equal(weight, other)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from numba_opt.cpu import loops as cpu
+from numba_opt.cpu import measures
 
 from .scripts import COMPILED, result
 
@@ -371,12 +371,12 @@ SQUARES = (
 import json, os
 import numba
 import numpy as np
-from numba_opt.cpu import loops as cpu, threads
+from numba_opt.cpu import measures, threads
 
 def squares():
     array, total = np.ones(300_000, np.float32), np.zeros((19, 1))
-    address = np.array([[array.ctypes.data, 0, 0]], np.uint64)
-    threads.run([threads.Job(cpu.squares("f4"), (address, np.array([0, array.size]), total), array.size)])
+    address, offsets = np.array([[array.ctypes.data, 0, 0]], np.uint64), np.array([0, array.size])
+    threads.run([threads.Job(measures.squares("f32"), (address, offsets, total), array.size)])
     return int(total.sum())
 """
 )
@@ -420,7 +420,7 @@ def test_no_damage_is_overlooked(kept, tmp_path, monkeypatch):
     folder, _ = kept
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
-    kernel = cpu.squares.__wrapped__("f4")
+    kernel = measures.squares.__wrapped__("f32")
     (sig,) = kernel._cache_hits  # it was there
     path = kernel._cache._path(sig, kernel.targetctx.codegen())
     whole = path.read_bytes()

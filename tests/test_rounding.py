@@ -162,12 +162,12 @@ def test_states_are_independent(fused):
 def test_hash_is_even():
     """Each of the 32 bits is set half of the time, and each bit of the number changes each of them."""
     with np.errstate(over="ignore"):
-        found = rounding.noise(np.arange(N), 12345)
+        found = rounding.random_bits(np.arange(N), 12345)
         limit = stats.norm.isf(ALARM / 2 / 32 / 19) * math.sqrt(N) / 2
         for bit in range(32):
             assert abs(((found >> bit) & 1).sum() - N / 2) < limit
         for flipped in range(18):
-            changed = found ^ rounding.noise(np.arange(N) ^ (1 << flipped), 12345)
+            changed = found ^ rounding.random_bits(np.arange(N) ^ (1 << flipped), 12345)
             for bit in range(32):  # pairs count twice: the deviation is larger by the root of 2
                 assert abs(((changed >> bit) & 1).sum() - N / 2) < limit * math.sqrt(2)
 
@@ -383,9 +383,9 @@ def test_the_numbers_of_parameters_and_steps_are_for_ever():
     assert rounding.tensor_number("weight") == EXPECTED[1]
     assert rounding.step_numbers(0, 1) == EXPECTED[2]
     with np.errstate(over="ignore"):
-        assert rounding.noise(np.arange(3), rounding.key_of(3, 4, 5)).tolist() == EXPECTED[3]
+        assert rounding.random_bits(np.arange(3), rounding.key_of(3, 4, 5)).tolist() == EXPECTED[3]
     nag = numba_opt.NAG(state_dtype="float16", stochastic_rounding=True)
-    assert nag._numbers([7, np.int64(7), True, "7"])[:2] == nag._numbers([7, 7])
+    assert nag.tensor_ids([7, np.int64(7), True, "7"])[:2] == nag.tensor_ids([7, 7])
 
 
 EXPECTED = [2241141297, 2529705682, (38435.0, 27287.0), [3072198929, 1420958552, 4118628811]]

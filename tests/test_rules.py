@@ -273,9 +273,9 @@ def test_machine_code_for_a_gpu():
     from numba_opt.cuda import code as cuda_code
     from numba_opt.cuda import kernels as cuda
 
-    rule = variant(rule=staticmethod(calls_python))(learning_rate=0.25)._rule()
+    rule = variant(rule=staticmethod(calls_python))(learning_rate=0.25).checked_rule()
     with pytest.raises(TypeError, match="does not compile: Untyped global name 'helper'") as info:
-        cuda_code.compiled(cuda.dense(*rule, "f4 f4 f4"), (9, 0))
+        cuda_code.compiled(cuda.dense(rule, table.layout("f32 f32 f32", 1)), (9, 0))
     assert_says(info.value, [], calls_python)
 
 
@@ -447,7 +447,7 @@ def test_steps_that_are_recorded_for_another_rule():
     optimizer.update([0], [weight], [grad], [state])
     optimizer.rule, optimizer.n = other, 3
     before = snapshot(optimizer, (weight, state))
-    with pytest.raises(ValueError, match="has recorded steps of 5 hyper-parameters; expected 6: flush it"):
+    with pytest.raises(ValueError, match="has recorded steps of 5 coefficients; expected 6: flush it"):
         optimizer.update([0], [weight], [grad], [state])
     with pytest.raises(ValueError, match="flush it before its rule changes"):
         optimizer.flush([0], [weight], [state])
@@ -544,9 +544,9 @@ def test_rules_in_many_forms():
 @table.each
 def test_rules_of_this_package(row):
     optimizer = table.build(row)
-    rule = optimizer._rule()
-    assert len(optimizer.hyper(0.1, 1)) == rule.n_hyper
-    assert optimizer._rule() is rule  # it is looked at once
+    rule = optimizer.checked_rule()
+    assert len(optimizer.hyper(0.1, 1)) == rule.n_coefficients
+    assert optimizer.checked_rule() is rule  # it is looked at once
     rules.check_on_arrays(rule)
 
 
@@ -567,10 +567,10 @@ def test_rules_of_the_torch_front():
     for cls, given in options:
         optimizer = cls([torch.ones(2, 2)], lr=0.1, **given)
         for formula in optimizer._current(optimizer.param_groups):
-            kind = formula.kind
+            kind = formula.key
             checked = rules.check(cls.__name__, kind.rule.function, kind.states, kind.rule.per_row)
             assert checked == kind.rule
-            assert len(formula.row(0.1, 1)) == kind.rule.row_length("f4 f4")
+            assert len(formula.row(0.1, 1)) == kind.rule.row_length()
 
 
 def test_sources_are_where_errors_say():

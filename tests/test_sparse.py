@@ -63,7 +63,7 @@ class Run:
         return self
 
     def arrays(self):
-        """The weight and its states, without stamps."""
+        """The weight and its states, without last_step."""
         return [a for a in (self.weight, *table.leaves(self.state)) if a.dtype != np.int64]
 
 
@@ -789,7 +789,7 @@ def pair(row, weight, fused, scheduler=None, dense_fused=None, **options):
 def check_exact(exact, dense):
     assert_same(exact.flush().arrays(), dense.arrays(), exact.row.cls.per_row)
     assert not exact.state[1].any()
-    assert exact.optimizer._history[0].recorded == 0
+    assert exact.optimizer._deferred[0].recorded == 0
 
 
 EXACT_DTYPES = {name: ["f4", "f8"] for name in ("nag", "ftml", "groupadagrad")}
@@ -915,18 +915,18 @@ def test_exact_with_several_parameters(fused):
     table.assert_bits([weights[0], [state[0] for state in states[0]]], [weights[1], states[1]])
 
 
-def test_exact_states_and_stamps():
+def test_exact_states_and_last_step():
     rng = np.random.default_rng(23)
     weight = weight_of(rng)
     for name, n in (("nag-plain", 0), ("nag", 1), ("ftml", 3), ("groupadagrad", 1)):
         run = Run(table.row(name), weight, sparse_update="exact")
-        state, stamps = run.state
+        state, last_step = run.state
         assert len(table.leaves([state])) == n
-        assert (stamps.dtype, stamps.shape) == (np.int64, (HEIGHT,))
+        assert (last_step.dtype, last_step.shape) == (np.int64, (HEIGHT,))
         run.step(block(rng, [1, 3])).step(block(rng, [3]))
-        assert stamps[[0, 1, 3]].tolist() == [0, 1, 2]
+        assert last_step[[0, 1, 3]].tolist() == [0, 1, 2]
         run.flush()
-        assert not stamps.any()
+        assert not last_step.any()
     assert numba_opt.NAG(sparse_update="exact").create_state(0, np.zeros(()))[1].shape == (1,)
 
 
@@ -965,7 +965,7 @@ def test_history_is_trimmed(name):
         grad = block(rng, [k % 8], "f8", (8, 2))
         exact.step(grad)
         dense.step(grad.to_dense())
-        history = exact.optimizer._history[0]
+        history = exact.optimizer._deferred[0]
         longest = max(longest, history.recorded)
         assert exact.state[1].max() <= history.recorded
         assert exact.state[1].min() >= 0
@@ -989,12 +989,12 @@ def test_long_histories(name, fused):
         exact.step(grad)
         dense.step(grad.to_dense())
         if k == steps - 2:
-            at = exact.optimizer._history[0].recorded
+            at = exact.optimizer._deferred[0].recorded
             assert exact.state[1].tolist()[:2] == [0, at]
             row = slice(1, 2)
             found, expected = ([array[row] for array in run.arrays()] for run in (exact, dense))
             assert_same(found, expected, name == "groupadagrad")
-    assert exact.optimizer._history[0].recorded == steps  # row 0 needs all of it
+    assert exact.optimizer._deferred[0].recorded == steps  # row 0 needs all of it
     check_exact(exact, dense)
 
 
@@ -1011,7 +1011,7 @@ def test_around_the_lengths_at_which_history_is_trimmed(pending):
         exact.step(grad)
         dense.step(grad.to_dense())
         assert_same(exact.arrays(), dense.arrays())
-    assert exact.optimizer._history[0].recorded <= 2 * 513
+    assert exact.optimizer._deferred[0].recorded <= 2 * 513
     check_exact(exact, dense)
 
 
@@ -1027,7 +1027,7 @@ def test_copies_in_the_middle(how, fused):
         dense.step(grad.to_dense())
     other = Run(table.row("ftml"), exact.weight, fused)
     other.optimizer, other.weight, other.state = how((exact.optimizer, exact.weight, exact.state))
-    assert other.optimizer._history[0].recorded == 10
+    assert other.optimizer._deferred[0].recorded == 10
     for grad in grads[10:]:
         dense.step(grad.to_dense())
         exact.step(grad)
@@ -1078,7 +1078,7 @@ def steps(rng, made, n):
 
 
 def content(trainer, weights=True):
-    """A trainer's parameters and states, without stamps, for comparing."""
+    """A trainer's parameters and states, without last_step, for comparing."""
     arrays = table.leaves([list(trainer.params.values()), list(trainer.states.values())])
     return table.content([a for a in arrays if a.dtype != np.int64])
 
@@ -1328,7 +1328,7 @@ def test_skip_nonfinite(bad, mode, fused):
             assert table.content(params, list(trainer.states.values())) == before
     assert (trainer.skipped_steps, trainer.optimizer.num_update) == (6, 1)
     if mode == "exact":
-        assert trainer.optimizer._history[0].recorded == 1
+        assert trainer.optimizer._deferred[0].recorded == 1
     trainer.step(good)
     assert trainer.optimizer.num_update == 2
 
@@ -1496,7 +1496,7 @@ import ctypes, mmap, sys, warnings
 import numpy as np, scipy.sparse as ss
 import numba_opt
 from numba_opt import RowSparse, Trainer
-from numba_opt.cpu import execution, sparse
+from numba_opt.cpu import reader, touched
 from numba_opt.cpu import merge, threads
 from tests import table
 
@@ -1533,11 +1533,11 @@ def guard_matrix(matrix):
 def patch():
     """What the package hands to its kernels is guarded too: touched rows, starts, places, tables, history,
     scratch."""
-    parts_of, run, scratch = sparse.parts_of, threads.run, threads.scratch
+    touched_rows, run, scratch = reader.touched_rows, threads.run, threads.scratch
 
-    def guarded_parts(*args):
-        form, *arrays = parts_of(*args)
-        return sparse.Parts(form, *map(tree, arrays))
+    def guarded_rows(*args):
+        form, *arrays = touched_rows(*args)
+        return touched.TouchedRows(form, *map(tree, arrays))
 
     def guarded_run(jobs, afterwards=()):
         for job in jobs:
@@ -1547,7 +1547,7 @@ def patch():
                 array[...] = copy
         run([], afterwards)
 
-    sparse.parts_of, threads.run = guarded_parts, guarded_run
+    reader.touched_rows, threads.run = guarded_rows, guarded_run
     threads.scratch = lambda *sizes: guarded(scratch(*sizes))
 '''
 
@@ -1752,7 +1752,7 @@ def test_bounds_checked_kernels():
 
 @posix
 @pytest.mark.parametrize("value", [-1, -1000, -(10**8), -(2**62), 10, 2**62])
-def test_stamps_that_lead_nowhere(value):
+def test_last_step_that_lead_nowhere(value):
     """They are in the caller's hands, as row numbers are, and come back from files."""
     script = f"""
 optimizer = numba_opt.NAG(wd=0.1, sparse_update="exact")
@@ -1770,7 +1770,7 @@ for call in calls:
     try:
         call()
     except ValueError as error:
-        assert "stamps of parameter 0" in str(error), error
+        assert "last_step of parameter 0" in str(error), error
     else:
         raise SystemExit("accepted")
     assert (weight == before[0]).all() and (state[0] == before[1]).all() and state[1][4] == {value}

@@ -25,7 +25,7 @@ each_mode = pytest.mark.parametrize("mode", ["lazy", "dense", "exact"])
 
 def histories(optimizer):
     """What rows have yet to take; a parameter that has nothing recorded is as good as none."""
-    return {k: (h.recorded, h.rows().tolist()) for k, h in optimizer._history.items() if h.recorded}
+    return {k: (h.recorded, h.rows().tolist()) for k, h in optimizer._deferred.items() if h.recorded}
 
 
 def arrays_of(thing):
@@ -33,7 +33,7 @@ def arrays_of(thing):
     if isinstance(thing, (tuple, list)):
         return [array for part in thing for array in arrays_of(part)]
     if isinstance(thing, Trainer):
-        return arrays_of([list(thing.params.values()), list(thing.states.values()), thing._sums])
+        return arrays_of([list(thing.params.values()), list(thing.states.values()), thing._totals])
     found = [getattr(thing, name, None) for name in ("rows", "values", "data", "indices", "indptr")]
     return [array for array in (thing, *found) if isinstance(array, np.ndarray) and array.dtype != object]
 
@@ -433,44 +433,44 @@ def test_parts_may_share_memory_with_one_another(fused):
     optimizer.update([0, 1], weights, [grad, RowSparse(grad.rows, grad.values[::-1], SHAPE)], states)
 
 
-def check_shared_stamps(what, fused):
-    """An update whose second stamps share memory with something is refused."""
+def check_shared_last_step(what, fused):
+    """An update whose second last_step share memory with something is refused."""
     optimizer, weights, states = prepared("exact", fused)
-    stamps = np.zeros(4, np.int64)
+    last_step = np.zeros(4, np.int64)
     grads = [good(), good()]
     if what == "weight":
         weights[1] = np.zeros(SHAPE)
-        stamps = weights[1].view(np.int64).ravel()[:4]
+        last_step = weights[1].view(np.int64).ravel()[:4]
     elif what == "state":
         states[1] = (np.zeros(SHAPE), None)
-        stamps = states[1][0].view(np.int64).ravel()[:4]
+        last_step = states[1][0].view(np.int64).ravel()[:4]
     elif what == "another's":
-        stamps = states[0][1]
+        last_step = states[0][1]
     elif what == "rows":
-        stamps[:] = 0, 1, 2, 3
-        grads[1] = RowSparse(stamps[:3], np.ones((3, 3)), SHAPE)
+        last_step[:] = 0, 1, 2, 3
+        grads[1] = RowSparse(last_step[:3], np.ones((3, 3)), SHAPE)
     elif what == "values":
-        grads[1] = RowSparse([1], stamps.view(np.float64)[None, :3], SHAPE)
-    states[1] = (states[1][0], stamps)
+        grads[1] = RowSparse([1], last_step.view(np.float64)[None, :3], SHAPE)
+    states[1] = (states[1][0], last_step)
     refused(
         ValueError,
-        ["stamps", "shares memory"],
+        ["last_step", "shares memory"],
         optimizer,
         [weights, states, grads],
         lambda: optimizer.update([0, 1], weights, grads, states),
     )
 
 
-def test_stamps_that_share_memory():
+def test_last_step_that_share_memory():
     """They are written too: numbers that change under a kernel lead anywhere, so a process is set apart."""
     script = """
-from tests.test_sparse_bad_input import check_shared_stamps
+from tests.test_sparse_bad_input import check_shared_last_step
 failed = []
 for what in ["another's", "rows", "values", "state", "weight"]:
     for fused in (False, True):
         print(what, fused, flush=True)
         try:
-            check_shared_stamps(what, fused)
+            check_shared_last_step(what, fused)
         except BaseException as error:
             failed.append((what, fused, str(error)[:80]))
             print("failed:", what, fused, error, flush=True)
@@ -488,34 +488,34 @@ def read_only(array):
     return array
 
 
-STAMPS = {
-    "missing": (lambda state, stamps: state, TypeError, ["ndarray", "(state, stamps)"]),
-    "None": (lambda state, stamps: None, TypeError, ["NoneType", "(state, stamps)"]),
-    "too long": (lambda state, stamps: (state, stamps, stamps), TypeError, ["(state, stamps)"]),
-    "swapped": (lambda state, stamps: (stamps, state), (TypeError, ValueError), []),
-    "None for stamps": (lambda state, stamps: (state, None), TypeError, ["stamps", "None"]),
-    "list": (lambda state, stamps: (state, stamps.tolist()), TypeError, ["stamps", "list"]),
-    "int32": (lambda state, stamps: (state, stamps.astype("i4")), TypeError, ["stamps", "int64"]),
-    "uint64": (lambda state, stamps: (state, stamps.astype("u8")), TypeError, ["stamps", "int64"]),
-    "big-endian": (lambda state, stamps: (state, stamps.astype(">i8")), TypeError, ["stamps", "int64"]),
-    "float": (lambda state, stamps: (state, stamps.astype("f8")), TypeError, ["stamps", "int64"]),
-    "short": (lambda state, stamps: (state, stamps[:-1].copy()), ValueError, ["stamps", "(3,)", "(4,)"]),
-    "long": (lambda state, stamps: (state, np.zeros(5, int)), ValueError, ["stamps", "(5,)", "(4,)"]),
-    "column": (lambda state, stamps: (state, stamps[:, None].copy()), ValueError, ["stamps", "(4, 1)"]),
-    "scalar": (lambda state, stamps: (state, np.array(0)), ValueError, ["stamps", "()", "(4,)"]),
-    "read-only": (lambda state, stamps: (state, read_only(stamps)), ValueError, ["stamps", "writable"]),
-    "strided": (lambda state, stamps: (state, np.zeros(8, int)[::2]), ValueError, ["stamps", "contiguous"]),
-    "masked": (lambda state, stamps: (state, np.ma.masked_array(stamps)), TypeError, ["stamps", "mask"]),
-    "state None": (lambda state, stamps: (None, stamps), TypeError, ["state 'mom'", "None"]),
-    "state short": (lambda state, stamps: (state[:2].copy(), stamps), ValueError, ["state 'mom'", "(2, 3)"]),
+LAST_STEPS = {
+    "missing": (lambda state, last: state, TypeError, ["ndarray", "(state, last_step)"]),
+    "None": (lambda state, last: None, TypeError, ["NoneType", "(state, last_step)"]),
+    "too long": (lambda state, last: (state, last, last), TypeError, ["(state, last_step)"]),
+    "swapped": (lambda state, last: (last, state), (TypeError, ValueError), []),
+    "None for last_step": (lambda state, last: (state, None), TypeError, ["last_step", "None"]),
+    "list": (lambda state, last: (state, last.tolist()), TypeError, ["last_step", "list"]),
+    "int32": (lambda state, last: (state, last.astype("i4")), TypeError, ["last_step", "int64"]),
+    "uint64": (lambda state, last: (state, last.astype("u8")), TypeError, ["last_step", "int64"]),
+    "big-endian": (lambda state, last: (state, last.astype(">i8")), TypeError, ["last_step", "int64"]),
+    "float": (lambda state, last: (state, last.astype("f8")), TypeError, ["last_step", "int64"]),
+    "short": (lambda state, last: (state, last[:-1].copy()), ValueError, ["last_step", "(3,)", "(4,)"]),
+    "long": (lambda state, last: (state, np.zeros(5, int)), ValueError, ["last_step", "(5,)", "(4,)"]),
+    "column": (lambda state, last: (state, last[:, None].copy()), ValueError, ["last_step", "(4, 1)"]),
+    "scalar": (lambda state, last: (state, np.array(0)), ValueError, ["last_step", "()", "(4,)"]),
+    "read-only": (lambda state, last: (state, read_only(last)), ValueError, ["last_step", "writable"]),
+    "strided": (lambda state, last: (state, np.zeros(8, int)[::2]), ValueError, ["last_step", "contiguous"]),
+    "masked": (lambda state, last: (state, np.ma.masked_array(last)), TypeError, ["last_step", "mask"]),
+    "state None": (lambda state, last: (None, last), TypeError, ["state 'mom'", "None"]),
+    "state short": (lambda state, last: (state[:2].copy(), last), ValueError, ["state 'mom'", "(2, 3)"]),
 }
 
 
 @each_fused
 @pytest.mark.parametrize("call", ["sparse", "dense", "flush"])
-@pytest.mark.parametrize("name", STAMPS)
-def test_wrong_stamps(name, call, fused):
-    change, error, words = STAMPS[name]
+@pytest.mark.parametrize("name", LAST_STEPS)
+def test_wrong_last_step(name, call, fused):
+    change, error, words = LAST_STEPS[name]
     optimizer, weights, states = prepared("exact", fused)
     states[1] = change(*states[1])
     grads = [good(), good() if call == "sparse" else np.ones(SHAPE)]
@@ -530,7 +530,7 @@ def test_wrong_stamps(name, call, fused):
 
 
 def test_states_of_another_mode():
-    """States with stamps do not fit a lazy optimizer, nor the reverse."""
+    """States with last_step do not fit a lazy optimizer, nor the reverse."""
     lazy, weights, states = prepared("lazy")
     exact, others, stamped = prepared("exact")
     words = ["parameter 0 ('first')", "state"]

@@ -8,7 +8,7 @@ import pytest
 
 import numba_opt
 from numba_opt.io.checkpoint import CheckpointError
-from numba_opt.tools.warmup import _instances, _kernels
+from numba_opt.tools.wanted import cpu_kernels, variants
 
 from . import table
 
@@ -316,6 +316,6 @@ def test_warning_speaks_of_what_is_half():
 
 
 def test_warmup_compiles_them():
-    kernels = _kernels(_instances(numba_opt.Adamax(state_dtype="bfloat16")), ["f4"], True)
-    layouts = [kernel.args[3] for kernel in kernels if kernel.maker in ("dense", "rows")]
-    assert layouts == ["f4 f4 b2 b2", "f4 b2 b2", "f4 b2 b2"]
+    kernels = cpu_kernels(variants(numba_opt.Adamax(state_dtype="bfloat16")), ["f32"], True)
+    layouts = [layout.text for name, *(_, layout, *_) in (k for k in kernels if k[0] in ("dense", "rows"))]
+    assert layouts == ["f32 f32 bf16 bf16", "f32 bf16 bf16", "f32 bf16 bf16"]

@@ -847,10 +847,10 @@ def test_a_refused_step_keeps_what_was_accumulated(why):
     rates = {1: -1.0} if why == "scheduler" else {}
     trainer = Trainer([np.zeros(3)], "nag", learning_rate=None, lr_scheduler=lambda n: rates.get(n, 1.0))
     trainer.accumulate([np.ones(3)])
-    before = snapshot(trainer._sums)
+    before = snapshot(trainer._totals)
     with pytest.raises(ValueError, match="finite number"):
         trainer.step([np.ones(3)], batch_size=-1 if why == "batch_size" else 1)
-    assert snapshot(trainer._sums) == before
+    assert snapshot(trainer._totals) == before
 
 
 def test_step_needs_gradients():

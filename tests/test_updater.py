@@ -196,7 +196,7 @@ def test_no_states_yet():
 
 
 def assert_refused(updater, content, match=None):
-    updater.optimizer._rule()  # is looked at once
+    updater.optimizer.checked_rule()  # is looked at once
     states, optimizer = dict(updater.states), dict(vars(updater.optimizer))
     before = table.content(list(states.values()))
     with pytest.raises(CheckpointError, match=match):
@@ -341,14 +341,18 @@ MARKS, ROWS = np.zeros(3, "i8"), np.ones((2, 5), "f4")
         (numba_opt.NAG(state_dtype="float16"), A, "float32, .*; expected one of float16"),
         (numba_opt.NAG(state_dtype="bfloat16", multi_precision=True), (A, A), "expected one of bfloat16"),
         (numba_opt.GroupAdaGrad(multi_precision=True), (A, A), r"expected one of float32, shape \(3, 1\)"),
-        (numba_opt.NAG(sparse_update="exact"), A, r"is array; expected \(mom, stamps\)"),
-        (numba_opt.NAG(sparse_update="exact"), (A, None), r"is \(array, None\); expected \(mom, stamps\)"),
+        (numba_opt.NAG(sparse_update="exact"), A, r"is array; expected \(mom, last_step\)"),
+        (numba_opt.NAG(sparse_update="exact"), (A, None), r"is \(array, None\); expected \(mom, last_step\)"),
         (
             numba_opt.NAG(sparse_update="exact"),
             (A, MARKS[:2]),
-            r"stamps .*\(2,\); expected .*\(3,\)",
+            r"last_step .*\(2,\); expected .*\(3,\)",
         ),
-        (numba_opt.NAG(sparse_update="exact"), (A, A[:, 0]), "stamps of .* float32.*; expected one of int64"),
+        (
+            numba_opt.NAG(sparse_update="exact"),
+            (A, A[:, 0]),
+            "last_step of .* float32.*; expected one of int64",
+        ),
         (
             numba_opt.NAG(sparse_update="exact"),
             (A, MARKS + 1),
@@ -389,9 +393,9 @@ def test_histories_of_another_form(state, rows, match):
     updater = numba_opt.get_updater(numba_opt.NAG(sparse_update="exact"))
     weight = np.ones((3, 2), "f4")
     updater(0, numba_opt.RowSparse([1], np.ones((1, 2), "f4"), (3, 2)), weight)
-    before = updater.optimizer._history[0].rows().copy()
+    before = updater.optimizer._deferred[0].rows().copy()
     assert_refused(updater, content_of({0: state}, histories=[[0, rows]]), match)
-    table.assert_bits([updater.optimizer._history[0].rows()], [before])
+    table.assert_bits([updater.optimizer._deferred[0].rows()], [before])
 
 
 def test_a_history_that_the_optimizer_has_no_use_for():

@@ -15,10 +15,9 @@ import pytest
 
 import numba_opt
 from numba_opt.compiler import cache
+from numba_opt.tools import crew, wanted
 
 from .scripts import COMPILED, awaited, environment, result
-
-MODULE = sys.modules["numba_opt.tools.warmup"]  # the package's attribute is the function
 
 PRELUDE = (
     COMPILED
@@ -27,7 +26,7 @@ import json, os, sys
 import numpy as np
 import numba_opt
 
-work = sys.modules["numba_opt.tools.warmup"]
+from numba_opt.tools import crew as work
 """
 )
 
@@ -114,7 +113,7 @@ def train(optimizer, dtype, grads=None):
     large = rng.standard_normal((4096, 64)).astype(dtype)
     state = optimizer.create_state_multi_precision("large", large)
     optimizer.update_multi_precision(["large"], [large], [large / 2], [state])
-    return float(np.abs(weight.astype("f8")).sum())
+    return float(np.abs(weight.astype("f64")).sum())
 
 numbers = []
 for cls, options in (
@@ -130,7 +129,7 @@ for cls, options in (
     numbers.append(train(cls(**options), "float32"))
 for options in ({}, {"multi_precision": True}):
     numbers.append(train(numba_opt.NAG(**options), "float16"))
-numbers.append(train(numba_opt.NAG(multi_precision=True), "float16", [np.ones((6, 4), "f4")]))
+numbers.append(train(numba_opt.NAG(multi_precision=True), "float16", [np.ones((6, 4), "f32")]))
 numbers.append(train(numba_opt.NAG(sparse_update="exact"), "float64"))
 numbers.append(train(numba_opt.NAG(momentum=0), "float64"))
 print(json.dumps({"numbers": numbers, "compiled": compiled[before:]}))
@@ -155,7 +154,7 @@ print(json.dumps({"summary": summary, "again": again[:2], "compiled": compiled, 
 THEY_COME = """
 import time
 
-hire = work._Work._hire
+hire = work.Work._hire
 
 def hire_and_wait(self):
     before = len(self.shared)
@@ -163,7 +162,7 @@ def hire_and_wait(self):
     while len(self.shared) > before - 2:
         time.sleep(0.01)
 
-work._Work._hire = hire_and_wait
+work.Work._hire = hire_and_wait
 """
 KERNELS = 6  # two for arrays and threads, one for norms, three rules
 
@@ -251,7 +250,7 @@ def test_interrupt(tmp_path):
     command = [sys.executable, "-m", "numba_opt", "warmup"]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as running:
         awaited(lambda: files(tmp_path), "a kernel")
-        if MODULE.cores() > 1 and Path("/proc/self/task").exists():
+        if crew.cores() > 1 and Path("/proc/self/task").exists():
             awaited(lambda: _children(running.pid), "another process")
         children = _children(running.pid)
         running.send_signal(signal.SIGINT)
@@ -318,29 +317,32 @@ def test_no_bar_without_a_terminal_or_tqdm(capsys, monkeypatch):
 
 def layouts(*args, **kwargs):
     """What would be made: the makers' names with their last arguments."""
-    variants, codes = MODULE._instances(args[0]), MODULE._codes(args[1])
-    kernels = MODULE._kernels(variants, codes, kwargs.get("sparse", True))
-    return [(k.maker, *k.args[3:]) for k in kernels if k.maker in ("dense", "rows")]
+    variants, codes = wanted.variants(args[0]), wanted.codes(args[1])
+    kernels = wanted.cpu_kernels(variants, codes, kwargs.get("sparse", True))
+    return [
+        (name, *(getattr(argument, "text", argument) for argument in arguments))
+        for name, *(_, *arguments) in (kernel for kernel in kernels if kernel[0] in ("dense", "rows"))
+    ]
 
 
 def test_an_instance_means_itself():
-    assert layouts(numba_opt.NAG(momentum=0), "float32", sparse=False) == [("dense", "f4 f4")]
+    assert layouts(numba_opt.NAG(momentum=0), "float32", sparse=False) == [("dense", "f32 f32")]
     assert layouts(numba_opt.NAG(multi_precision=True), "float16", sparse=False) == [
-        ("dense", "f2 f4 f4 f2"),
-        ("dense", "f4 f4 f4 f2"),
+        ("dense", "f16 f32 f32 f16"),
+        ("dense", "f32 f32 f32 f16"),
     ]
-    assert layouts(numba_opt.NAG(), "float16", sparse=False) == [("dense", "f2 f2 f2")]
-    assert layouts(numba_opt.NAG(sparse_update="dense"), "float64") == [("dense", "f8 f8 f8")]
+    assert layouts(numba_opt.NAG(), "float16", sparse=False) == [("dense", "f16 f16 f16")]
+    assert layouts(numba_opt.NAG(sparse_update="dense"), "float64") == [("dense", "f64 f64 f64")]
     assert layouts(numba_opt.NAG(sparse_update="exact"), "float64") == [
-        ("dense", "f8 f8 f8"),
-        ("rows", "f8 f8", "block f8", True),
-        ("rows", "f8 f8", "csr f8", True),
-        ("rows", "f8 f8", "none", True),
+        ("dense", "f64 f64 f64"),
+        ("rows", "f64 f64", "block f64", True),
+        ("rows", "f64 f64", "csr f64", True),
+        ("rows", "f64 f64", "none", True),
     ]
 
 
 def test_a_class_or_a_name_means_all_variants():
-    expected = [("dense", "f4 f4 f4"), ("dense", "f4 f4 f4 f4 f4")]
+    expected = [("dense", "f32 f32 f32"), ("dense", "f32 f32 f32 f32 f32")]
     for given in (numba_opt.RMSProp, "rmsprop", [numba_opt.RMSProp], ("RMSProp",)):
         assert layouts(given, "float32", sparse=False) == expected
     assert set(layouts("rmsprop", ["float32", "float64"])) < set(layouts(None, ["float32", "float64"]))
@@ -348,13 +350,13 @@ def test_a_class_or_a_name_means_all_variants():
 
 @pytest.mark.parametrize("dtype", ["float32", np.float32, np.dtype("f4"), ["float32", np.float32]])
 def test_dtypes_by_name_or_as_objects(dtype):
-    assert MODULE._codes(dtype) == ["f4"]
+    assert wanted.codes(dtype) == ["f32"]
 
 
 def test_dtypes_of_other_packages():
     torch, ml_dtypes = pytest.importorskip("torch"), pytest.importorskip("ml_dtypes")
-    found = MODULE._codes([torch.bfloat16, ml_dtypes.bfloat16, torch.float64, "bfloat16"])
-    assert found == ["b2", "f8"]
+    found = wanted.codes([torch.bfloat16, ml_dtypes.bfloat16, torch.float64, "bfloat16"])
+    assert found == ["bf16", "f64"]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def compiled(function: Callable[..., Any], *key: Any, name: str = "", **options:
 
     def compile(sig: Any) -> Any:
         require_compiler(RuntimeError)  # it may have been switched off since
-        with interrupts.deferred():
+        with interrupts.defer_signals():
             return plain(sig)
 
     dispatcher.compile = compile

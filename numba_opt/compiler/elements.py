@@ -11,20 +11,24 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from ..core.storage import STOCHASTIC
 from ..scalar import clip
 from . import half, rounding
 
-# How an array's elements lie in memory, by the code of its dtype in a layout.
-STORAGE = {
-    "f4": types.float32,
-    "f8": types.float64,
-    "f2": half.HALF,
-    "b2": half.BFLOAT,
-    "sf2": half.HALF,  # stochastically rounded
-    "sb2": half.BFLOAT,
-    "i4": types.int32,
-    "i8": types.int64,
+# How an array's elements lie in memory, by their code in `numba_opt.core.storage`.
+STORED_AS = {
+    "f32": types.float32,
+    "f64": types.float64,
+    "f16": half.HALF,
+    "bf16": half.BFLOAT,
+    "i32": types.int32,
+    "i64": types.int64,
 }
+
+
+def stored_as(code):
+    """The type of a pointer to elements with some code."""
+    return STORED_AS[code.removesuffix(STOCHASTIC)]
 
 
 class Column(types.CPointer):
@@ -68,9 +72,9 @@ def prepare(grad, weight, rescale, bound, wd):
 
 @intrinsic(prefer_literal=True)
 def pointers(typingctx, addresses, layout):
-    """A tuple of addresses as a tuple of pointers to what a layout such as ``"f2 f4 f4"`` says."""
+    """A tuple of addresses as a tuple of pointers to what a layout such as ``"f16 f32 f32"`` says."""
     codes = layout.literal_value.split()
-    columns = [Column(STORAGE[code], number) for number, code in enumerate(codes)]
+    columns = [Column(stored_as(code), number) for number, code in enumerate(codes)]
     sig = types.Tuple(columns)(addresses, layout)
 
     def codegen(context, builder, sig, args):
@@ -124,7 +128,7 @@ def store(typingctx, pointers, i, values):
 
 
 @intrinsic
-def store_by_chance(typingctx, pointers, i, values, key):
+def store_stochastic(typingctx, pointers, i, values, key):
     """`store` of half precision, rounded stochastically; `key` as `numba_opt.compiler.rounding` has it."""
     sig = types.void(pointers, i, values, types.uint32)
     kinds = [pointer.dtype for pointer in pointers]
@@ -136,9 +140,9 @@ def store_by_chance(typingctx, pointers, i, values, key):
             value = context.cast(builder, builder.extract_value(args[2], k), values.types[k], types.float32)
             own = builder.add(args[3], ir.Constant(ir.IntType(32), k * rounding.STATE & 0xFFFFFFFF))
             hashed = types.uint32(i, types.uint32)
-            chance = context.compile_internal(builder, rounding.noise, hashed, [args[1], own])
+            random_bits = context.compile_internal(builder, rounding.random_bits, hashed, [args[1], own])
             converted = types.uint32(types.float32, types.uint32)
-            bits = context.compile_internal(builder, converters[kind], converted, [value, chance])
+            bits = context.compile_internal(builder, converters[kind], converted, [value, random_bits])
             bits = builder.trunc(bits, ir.IntType(16))
             apart(builder, builder.store(bits, builder.gep(target, [args[1]])), pointers[k])
         return context.get_dummy_value()

@@ -39,7 +39,17 @@ UNTOLD = "untold"
 
 # Where compiled functions of this package are.
 PACKAGE = Path(__file__).parents[1]
-OWN = ("scalar.py", "compiler/*.py", "cpu/*.py", "cuda/*.py", "torch/counters.py", "torch/dlpack.py")
+OWN = (
+    "scalar.py",
+    "core/columns.py",
+    "core/rules.py",
+    "core/storage.py",
+    "compiler/*.py",
+    "cpu/*.py",
+    "cuda/*.py",
+    "torch/counters.py",
+    "torch/dlpack.py",
+)
 
 # Packages whose functions need no look, as their versions, and Python's, are part of every kernel's key.
 VERSIONED = ("builtins", "numba", "llvmlite", "numpy")

@@ -22,7 +22,7 @@ NUMBERS = tuple(map(int, signal.valid_signals()))
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Within this context whatever Python handles signals with waits until the end.
 
     Steps need no such thing, as no Python runs between their first write and their last one

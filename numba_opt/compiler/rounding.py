@@ -63,12 +63,12 @@ def key_of(step_low, step_high, tensor):
 
 
 @register_jitable
-def noise(element, key):
+def random_bits(element, key):
     """32 random bits for an element; numbers count modulo 2**32."""
     return mixed(u32(u32(element) + u32(key)))
 
 
-def to_bfloat(x, chance):
+def to_bfloat(x, random):
     """float32 as bfloat16 bits: up with the probability of what the lower 16 bits are of a step.
 
     Beyond the largest finite number, where there is nothing above to go to but infinity, to nearest.
@@ -76,12 +76,12 @@ def to_bfloat(x, chance):
     u = bits(x)
     size = u32(u & u32(0x7FFFFFFF))
     nearest = u32(u32(0x7FFF) + u32(u32(u >> u32(16)) & u32(1)))
-    raised = u32(u + where(size > u32(0x7F7F0000), nearest, u32(chance >> u32(16))))
+    raised = u32(u + where(size > u32(0x7F7F0000), nearest, u32(random >> u32(16))))
     quiet = u32(u | u32(0x400000))
     return u32(where(size > u32(0x7F800000), quiet, raised) >> u32(16))
 
 
-def to_half(x, chance):
+def to_half(x, random):
     """float32 as float16 bits, likewise; a normal number loses 13 bits.
 
     Below 2**-14 the steps are 2**-24, and the chance is right to 2**-14 of a step.
@@ -89,11 +89,11 @@ def to_half(x, chance):
     u = bits(x)
     sign = u32(u32(u >> u32(16)) & u32(0x8000))
     size = u32(u & u32(0x7FFFFFFF))
-    lot = u32(chance >> u32(19))
+    kept = u32(random >> u32(19))
     nearest = u32(u32(0xFFF) + u32(u32(size >> u32(13)) & u32(1)))
-    raised = u32(size + where(size > u32(0x477FE000), nearest, lot))  # 65504
+    raised = u32(size + where(size > u32(0x477FE000), nearest, kept))  # 65504
     normal = u32(u32(raised - u32(112 << 23)) >> u32(13))
-    share = number(u32(u32(lot << u32(10)) | u32(0x3F800200))) - np.float32(1)  # (lot + 0.5) / 2**13
+    share = number(u32(u32(kept << u32(10)) | u32(0x3F800200))) - np.float32(1)  # (kept + 0.5) / 2**13
     steps = number(where(size < u32(0x38800000), size, u32(0))) * np.float32(2.0**24) + share
     small = u32(np.int32(steps))
     found = where(size < u32(0x38800000), small, normal)
@@ -105,9 +105,9 @@ def to_half(x, chance):
 def rounded(values: np.ndarray, dtype: np.dtype, elements: Any, key: Any, state: int) -> np.ndarray:
     """float32 as float16 or bfloat16, as kernels store it; `elements` are the numbers of the elements."""
     with np.errstate(all="ignore"):
-        chance = noise(elements, u32((int(key) + state * STATE) & 0xFFFFFFFF))
+        bits_of = random_bits(elements, u32((int(key) + state * STATE) & 0xFFFFFFFF))
         convert = to_half if dtype == np.float16 else to_bfloat
-        return convert(np.ascontiguousarray(values, np.float32), chance).astype(np.uint16).view(dtype)
+        return convert(np.ascontiguousarray(values, np.float32), bits_of).astype(np.uint16).view(dtype)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -55,16 +55,21 @@ class Rule(NamedTuple):
     per_row: bool
 
     @property
-    def n_hyper(self) -> int:
-        """How many hyper-parameters the function takes."""
+    def n_coefficients(self) -> int:
+        """How many coefficients the function takes."""
         return self.function.__code__.co_argcount - 2 - self.n_state - int(self.per_row)
 
-    def row_length(self, layout: str) -> int:
-        """How many numbers a row of hyper-parameters has for arrays that are laid out in some way.
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from every other rule, in any process."""
+        return fingerprint.fingerprint(self.function), self.n_state, self.per_row
 
-        Three come before the function's own, and where chance plays a part two after them.
+    def row_length(self, stochastic: bool = False) -> int:
+        """How many numbers a row of coefficients has.
+
+        Three come before the function's own, and two after them where states are rounded stochastically.
         """
-        return 3 + self.n_hyper + 2 * ("s" in layout)
+        return 3 + self.n_coefficients + 2 * stochastic
 
     def arguments(self) -> tuple[str, ...]:
         """The names of the function's arguments."""
@@ -78,7 +83,7 @@ class Checked:
         self.owner = type(optimizer).__name__
         self.states, self.per_row = optimizer.state_names, optimizer.per_row
         self.rule = check(self.owner, optimizer.rule, self.states, self.per_row)
-        self.n_hyper = self.rule.n_hyper
+        self.n_coefficients = self.rule.n_coefficients
         self.function: Any = self.rule.function
         self.code = self.function.__code__
         self.reached = fingerprint.look(self.function)
@@ -102,7 +107,7 @@ class Checked:
         TypeError
             It is no tuple, of another length, or there is something else than numbers in it.
         """
-        n = self.n_hyper
+        n = self.n_coefficients
         if type(given) is tuple and len(given) == n and FLOATS.issuperset(map(type, given)):
             return given
         names = self.rule.arguments()
@@ -164,9 +169,9 @@ def check(owner: str, given: Any, states: Any, per_row: Any) -> Rule:
 
 
 def kernel(make: Callable[..., Any], rule: Rule, *how: Any) -> Any:
-    """A kernel of a rule: what ``make(*rule, *how)`` gives; errors are those of `explain`."""
+    """A kernel of a rule: what ``make(rule, *how)`` gives; errors are those of `explain`."""
     try:
-        return make(*rule, *how)
+        return make(rule, *how)
     except Exception as error:
         explain(error, rule.function)
         raise
@@ -213,7 +218,7 @@ def check_on_arrays(rule: Rule) -> None:
     arrays = [np.full(shape, 0.5) for shape in shapes]
     try:
         with np.errstate(all="ignore"):
-            found = rule.function(*arrays, *[np.float64(0.5)] * rule.n_hyper)
+            found = rule.function(*arrays, *[np.float64(0.5)] * rule.n_coefficients)
         for value, shape in zip(found, [shapes[0], *shapes[2:]], strict=False):
             np.broadcast_to(value, shape)
             np.zeros(shape)[...] = np.asarray(value, np.float64)

@@ -5,7 +5,7 @@ optimizer steps; reading them here takes 5. The C layout of an array object is p
 ABI (``PyArrayObject_fields`` in ``ndarraytypes.h``) and every extension module depends on it;
 `readable` compares it with what NumPy itself says, once in a process, and where they differ nothing
 here is used. What is read is only ever accepted here: arrays with anything unusual about them are left
-to `numba_opt.device`, which takes them the ordinary way and words the errors.
+to `numba_opt.cpu.arrays`, which takes them the ordinary way and words the errors.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import functools
 import sys
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba.extending import register_jitable
 
 from ..compiler import cache
 from ..compiler.elements import peek
+from ..core.call import Scan, blank
+from ..core.columns import COMMON, STATES, WIDTH
+from ..core.storage import ABSENT, BITS, STORAGES, bfloat16
+from .arrays import known_dtypes
 
 # Offsets in bytes from the end of the object header, on a machine with 64-bit pointers.
 HEADER = object.__basicsize__
@@ -28,25 +32,11 @@ DATA, NDIM, SHAPE, DTYPE, FLAGS = 0, 8, 16, 40, 48
 
 C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x0001, 0x0100, 0x0400  # NumPy's own numbers
 
-# The dtypes that kernels load and store, in the order of their numbers here. NumPy has one object for
-# each; that of bfloat16 belongs to the package ml_dtypes and counts once somebody has imported that.
-CODES = ("f4", "f8", "f2", "b2")
-SIZES = (4, 8, 2, 2)
-ABSENT = 15  # in place of an array that a tensor does not have
-BITS = 4  # of each number, in the code of a tensor's arrays
+SAME, MOVED, CHANGED, UNSUPPORTED = range(4)  # what `scan` says
 
-SAME, MOVED, CHANGED, STRANGE = range(4)  # what `survey` says
+STORAGE_SIZES = tuple(storage.size for storage in STORAGES)
 
 uint64, int64, int32 = np.uint64, np.int64, np.int32
-
-
-class Survey(NamedTuple):
-    """What is known of the arrays of a call, one row for each tensor."""
-
-    addresses: np.ndarray  # of its arrays, then room for a number, the length of its rows, room for another
-    bytes: np.ndarray  # how many lie at each address
-    sizes: np.ndarray  # elements of the weight
-    codes: np.ndarray  # the places of its arrays' dtypes in CODES, BITS bits each, the first one lowest
 
 
 @register_jitable
@@ -56,8 +46,8 @@ def field(array, offset):
 
 
 @register_jitable
-def dtype_of(array, known, flags):
-    """Which of the known dtypes a plain array with these flags has; -1 if there is more to it."""
+def storage_of(array, known, flags):
+    """Which of the known storages a plain array with these flags has; -1 if there is more to it."""
     if peek(array + uint64(HEADER - 8), uint64) != known[0]:  # a subclass, or something else
         return -1
     if peek(array + uint64(HEADER + FLAGS), int32) & flags != flags:
@@ -81,62 +71,69 @@ def same_shape(a, b):
     return True
 
 
-def survey(objects, known, none, n_state, per_row, addresses, bytes, sizes, codes):
-    """Read the arrays of a call into a `Survey`, and say whether that changed it.
+@register_jitable
+def is_column(array, height):
+    """Whether an array has one number for each of so many rows."""
+    if peek(array + uint64(HEADER + NDIM), int32) != 2:
+        return False
+    shape = field(array, SHAPE)
+    return peek(shape, int64) == height and peek(shape + uint64(8), int64) == 1
+
+
+def scan(objects, known, none, n_state, per_row, addresses, bytes, sizes, storages):
+    """Read the arrays of a call into a `Scan`, and say whether that changed it.
 
     `objects` holds the ids of array objects, one row each for the gradients, the weights, each state and
-    perhaps for copies of the weights; `none` is the id of an absent gradient or copy. The answer is SAME;
-    MOVED if only addresses changed; CHANGED; or STRANGE if any array is not plain or has another shape than
-    it should.
+    perhaps for model weights; `none` is the id of an absent gradient or model weight. The answer is SAME;
+    MOVED if only addresses changed; CHANGED; or UNSUPPORTED if any array is not plain or has another shape
+    than it should.
     """
     columns, tensors = objects.shape
+    width_at = columns + COMMON + WIDTH
     answer = SAME
     for t in range(tensors):
         weight = objects[1, t]
-        if dtype_of(weight, known, C_CONTIGUOUS) < 0:
-            return STRANGE
+        if storage_of(weight, known, C_CONTIGUOUS) < 0:
+            return UNSUPPORTED
         ndim = peek(weight + uint64(HEADER + NDIM), int32)
         shape = field(weight, SHAPE)
         if per_row and ndim != 2:
-            return STRANGE
+            return UNSUPPORTED
         size = 1
         for k in range(ndim):
             size *= peek(shape + uint64(8 * k), int64)
-        code = 0
+        packed = 0
         for c in range(columns):
             array = objects[c, t]
-            if array == none and (c == 0 or c == 2 + n_state):
-                code |= ABSENT << (BITS * c)
+            if array == none and (c == 0 or c == STATES + n_state):
+                packed |= ABSENT << (BITS * c)
                 continue
-            kind = dtype_of(array, known, C_CONTIGUOUS | ALIGNED | (WRITEABLE if c > 0 else 0))
-            if kind < 0:
-                return STRANGE
+            storage = storage_of(array, known, C_CONTIGUOUS | ALIGNED | (WRITEABLE if c > 0 else 0))
+            if storage < 0:
+                return UNSUPPORTED
             held = size
-            if per_row and 2 <= c < 2 + n_state:
+            if per_row and STATES <= c < STATES + n_state:
                 held = peek(shape, int64)
-                if peek(array + uint64(HEADER + NDIM), int32) != 2:
-                    return STRANGE
-                s = field(array, SHAPE)
-                if peek(s, int64) != held or peek(s + uint64(8), int64) != 1:
-                    return STRANGE
+                if not is_column(array, held):
+                    return UNSUPPORTED
             elif not same_shape(array, weight):
-                return STRANGE
+                return UNSUPPORTED
             if addresses[t, c] != field(array, DATA):
                 addresses[t, c] = field(array, DATA)
                 answer = max(answer, MOVED)
-            bytes[t, c] = held * SIZES[kind]
-            code |= kind << (BITS * c)
+            bytes[t, c] = held * STORAGE_SIZES[storage]
+            packed |= storage << (BITS * c)
         height = peek(shape, int64) if ndim > 0 else size
         width = uint64(size // height if height > 0 else 1)
-        if codes[t] != code or sizes[t] != size or addresses[t, columns + 1] != width:
+        if storages[t] != packed or sizes[t] != size or addresses[t, width_at] != width:
             answer = CHANGED
-        addresses[t, columns + 1] = width
+        addresses[t, width_at] = width
         sizes[t] = size
-        codes[t] = code
+        storages[t] = packed
     return answer
 
 
-def clash(starts, lengths, written, order):
+def overlap(starts, lengths, written, order):
     """Whether memory that is written is shared with any other; `order` sorts the pieces by address.
 
     Pieces that are only read may share memory with one another.
@@ -154,8 +151,8 @@ def clash(starts, lengths, written, order):
     return False
 
 
-survey = cache.compiled(survey, cache.fingerprint(survey), HEADER, nogil=False)  # objects: hold the GIL
-clash = cache.compiled(clash, cache.fingerprint(clash))
+scan = cache.compiled(scan, cache.fingerprint(scan), HEADER, nogil=False)  # objects: hold the GIL
+overlap = cache.compiled(overlap, cache.fingerprint(overlap))
 
 
 def objects(columns: Sequence[Sequence[Any]]) -> np.ndarray:
@@ -165,27 +162,17 @@ def objects(columns: Sequence[Sequence[Any]]) -> np.ndarray:
     return ids.reshape(len(columns), n)
 
 
-def blank(columns: int, tensors: int) -> Survey:
-    """A survey that nothing has been read into."""
-    return Survey(
-        addresses=np.zeros((tensors, columns + 3), np.uint64),
-        bytes=np.zeros((tensors, columns), np.int64),
-        sizes=np.zeros(tensors, np.int64),
-        codes=np.zeros(tensors, np.int64),
-    )
-
-
-def read(columns: Sequence[Sequence[Any]], n_state: int, per_row: bool) -> Survey | None:
-    """`survey` of the gradients, weights, states and perhaps copies; None if any array is strange."""
+def read(columns: Sequence[Sequence[Any]], n_state: int, per_row: bool) -> Scan | None:
+    """`scan` of the gradients, weights, states and perhaps model weights; None if any is not supported."""
     found = blank(len(columns), len(columns[0]))
-    answer = survey(objects(columns), known(), NONE, n_state, per_row, *found)
-    return None if answer == STRANGE else found
+    answer = scan(objects(columns), known(), NONE, n_state, per_row, *found)
+    return None if answer == UNSUPPORTED else found
 
 
 NONE = np.uint64(id(None))
 
 
-def overlapping(found: Survey, read: Sequence[np.ndarray] = (), written: Sequence[np.ndarray] = ()) -> bool:
+def overlapping(found: Scan, read: Sequence[np.ndarray] = (), written: Sequence[np.ndarray] = ()) -> bool:
     """Whether an array that will be written, a contiguous one like all others, shares memory with another."""
     tensors, columns = found.bytes.shape
     starts, lengths = found.addresses[:, :columns].ravel(), found.bytes.ravel()
@@ -195,7 +182,7 @@ def overlapping(found: Survey, read: Sequence[np.ndarray] = (), written: Sequenc
         starts = np.concatenate([starts, np.array([array.ctypes.data for array in more], np.uint64)])
         lengths = np.concatenate([lengths, np.array([array.nbytes for array in more], np.int64)])
         marks = np.concatenate([marks, np.arange(len(more)) >= len(read)])
-    return clash(starts, lengths, marks, starts.argsort())
+    return bool(overlap(starts, lengths, marks, starts.argsort()))
 
 
 @functools.lru_cache(maxsize=64)
@@ -203,27 +190,17 @@ def _marks(tensors: int, columns: int) -> np.ndarray:
     return np.tile(np.arange(columns) > 0, tensors)
 
 
-def dtypes() -> list[np.dtype]:
-    """The dtypes of CODES, as far as they are here."""
-    found: list[np.dtype] = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)]
-    if bfloat16 := _bfloat16():
-        found.append(np.dtype(bfloat16))
-    return found
-
-
-def _bfloat16() -> Any:
-    """The type, once somebody has imported ml_dtypes that far."""
-    return getattr(sys.modules.get("ml_dtypes"), "bfloat16", None)
-
-
 def known() -> np.ndarray:
-    """What `survey` compares objects with: the ids of the array type and of the dtypes."""
-    return _known(_bfloat16() is not None)
+    """What `scan` compares objects with: the ids of the array type and of the dtypes.
+
+    NumPy has one object for each; that of bfloat16 belongs to the package ml_dtypes.
+    """
+    return _known(bfloat16() is not None)
 
 
 @functools.cache
 def _known(_: bool) -> np.ndarray:
-    return np.array([id(np.ndarray), *map(id, dtypes())], np.uint64)
+    return np.array([id(np.ndarray), *map(id, known_dtypes())], np.uint64)
 
 
 @functools.cache
@@ -234,7 +211,7 @@ def readable() -> bool:
     """
     if np.dtype(np.uintp).itemsize != 8 or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return False
-    for kind, dtype in enumerate(dtypes()):
+    for kind, dtype in enumerate(known_dtypes()):
         weight, grad, history = np.zeros((3, 5), dtype), np.zeros((3, 5), dtype), np.zeros((3, 1), dtype)
         columns: list[list[Any]] = [[grad], [weight], [history], [None]]
         found = read(columns, n_state=1, per_row=True)
@@ -243,10 +220,10 @@ def readable() -> bool:
             return False
         if found.bytes.tolist() != [[grad.nbytes, weight.nbytes, history.nbytes, 0]]:
             return False
-        if found.sizes.tolist() != [15] or found.codes.tolist() != [kind * 0x111 + ABSENT * 0x1000]:
+        if found.sizes.tolist() != [15] or found.storages.tolist() != [kind * 0x111 + ABSENT * 0x1000]:
             return False
         grad.flags.writeable = False
-        strange = (grad, weight[:, ::2], weight.astype(">f4"), weight.astype(int), weight[1:])
-        if any(read([[weight], [array]], n_state=0, per_row=False) for array in strange):
+        unsupported = (grad, weight[:, ::2], weight.astype(">f4"), weight.astype(int), weight[1:])
+        if any(read([[weight], [array]], n_state=0, per_row=False) for array in unsupported):
             return False
     return True

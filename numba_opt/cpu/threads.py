@@ -97,7 +97,7 @@ def scratch(places: int, size: int) -> np.ndarray:
     return np.empty((places, size), np.uint8)
 
 
-def finished(progress, chunks):  # type: ignore[no-untyped-def]
+def finished(progress, chunks):
     """Wait until helpers are through with the chunks that they have begun."""
     while fetch_add(progress, 2, 0) < chunks:
         pass

@@ -2,7 +2,7 @@
 
 Numba's CUDA compiler and the driver are looked for when the first CUDA array arrives, not before. Arrays are
 looked at through NumPy arrays that stand for them, with the same address, dtype and shape, which nobody
-reads: so the checks of `numba_opt.device` are the same, and so are its errors.
+reads: so the checks of `numba_opt.cpu.arrays` are the same, and so are its errors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import device
+from ..core.foreign import lack_of_memory, loaded, on_cuda, type_name
+from ..core.storage import EXPECTED, bfloat16
 from ..errors import CudaUnavailableError
 
 _stream: ContextVar[int | None] = ContextVar("stream", default=None)
@@ -148,7 +149,7 @@ class _Interface:
 
 def library_of(value: Any) -> tuple[Any, Any]:
     """torch if an array is a tensor of it, and CuPy if it is one of its arrays; None otherwise."""
-    torch, cupy = device.loaded("torch", "Tensor"), device.loaded("cupy", "ndarray")
+    torch, cupy = loaded("torch", "Tensor"), loaded("cupy", "ndarray")
     return (
         sys.modules["torch"] if torch is not None and isinstance(value, torch) else None,
         sys.modules["cupy"] if cupy is not None and isinstance(value, cupy) else None,
@@ -165,33 +166,35 @@ def look(value: Any, what: str) -> View:
     ValueError
         It is not contiguous or aligned.
     """
-    if not device.on_cuda(value):
-        name = device.type_name(value)
+    if not on_cuda(value):
+        name = type_name(value)
         raise TypeError(f"{what} is {name}, which is not on a GPU; expected a CUDA array, as the weight")
     if library_of(value)[0] is not None:
         return _look_at_tensor(value, what)
     if not hasattr(value, "__cuda_array_interface__"):
         value = _from_dlpack(value, what)
-    told = value.__cuda_array_interface__
-    if told.get("mask") is not None:
+    interface = value.__cuda_array_interface__
+    if interface.get("mask") is not None:
         raise TypeError(f"{what} has a mask; expected a CUDA array without one")
     name = getattr(getattr(value, "dtype", None), "name", "")
-    typestr = "<V2" if name == "bfloat16" else told["typestr"]
-    address, read_only = told["data"]
-    shadow = _shadow(address or 0, tuple(told["shape"]), typestr, told.get("strides"), read_only, what)
+    typestr = "<V2" if name == "bfloat16" else interface["typestr"]
+    address, read_only = interface["data"]
+    shadow = _shadow(
+        address or 0, tuple(interface["shape"]), typestr, interface.get("strides"), read_only, what
+    )
     number = kernels().driver.device_of(address) if shadow.size else 0
-    return View(shadow, number, told.get("stream"))
+    return View(shadow, number, interface.get("stream"))
 
 
 def _look_at_tensor(tensor: Any, what: str) -> View:
     typestr = TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."))
     if typestr is None:
-        raise TypeError(f"{what} is {tensor.dtype}; expected float32, float64, float16 or bfloat16")
+        raise TypeError(f"{what} is {tensor.dtype}; expected {EXPECTED}")
     if str(tensor.layout) != "torch.strided":
         raise TypeError(f"{what} is a tensor of layout {tensor.layout}; expected torch.strided")
     if tensor.is_neg():
         raise TypeError(f"{what} is a negative view; expected a tensor that holds its own numbers")
-    if lack := device.lack_of_memory(tensor):
+    if lack := lack_of_memory(tensor):
         raise ValueError(f"{what} {lack}")
     size = tensor.element_size()
     strides = tuple(size * s for s in tensor.stride())
@@ -202,7 +205,7 @@ def _look_at_tensor(tensor: Any, what: str) -> View:
 def _from_dlpack(value: Any, what: str) -> Any:
     """Something with ``__cuda_array_interface__`` that shares an array's memory which only has DLPack."""
     for name in ("torch", "cupy"):
-        if convert := device.loaded(name, "from_dlpack"):
+        if convert := loaded(name, "from_dlpack"):
             return convert(value)
     raise TypeError(f"{what} is a CUDA array with DLPack only; that needs PyTorch or CuPy to be imported")
 
@@ -211,13 +214,12 @@ def _shadow(
     address: int, shape: tuple[int, ...], typestr: str, strides: Any, read_only: bool, what: str
 ) -> np.ndarray:
     """A NumPy array that stands for a CUDA array."""
-    half = typestr == "<V2"
-    bfloat16 = device.loaded("ml_dtypes", "bfloat16")
-    if half and bfloat16 is None:
+    is_bfloat, kind = typestr == "<V2", bfloat16()
+    if is_bfloat and kind is None:
         raise TypeError(f"{what} is bfloat16, which needs the package ml_dtypes to be imported")
-    array = stand_in(address, shape, "<u2" if half else typestr, strides, read_only)
-    if half:
-        array = array.view(bfloat16)
+    array = stand_in(address, shape, "<u2" if is_bfloat else typestr, strides, read_only)
+    if is_bfloat:
+        array = array.view(kind)
     if not array.flags.c_contiguous:
         raise ValueError(f"{what} has strides {array.strides}; expected a contiguous CUDA array")
     if not array.flags.aligned:
@@ -300,6 +302,7 @@ class Writable:
 
 
 def place(shadow: np.ndarray) -> int:
+    """The address that a stand-in has."""
     return int(shadow.ctypes.data)
 
 

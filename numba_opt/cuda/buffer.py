@@ -1,12 +1,12 @@
-"""What is where in a device's buffer of hyper-parameters: for kernels, and for the host without them."""
+"""What is where in a device's buffer of coefficients: for kernels, and for the host without them."""
 
 from __future__ import annotations
 
-# A buffer of hyper-parameters begins with what kernels say, in OUT words. Then come three parts of the same
+# A buffer of coefficients begins with what kernels say, in OUT words. Then come three parts of the same
 # length: float64 as given, float64 as used, float32 as used. Each one has HEAD numbers and the rows.
 OUT, HEAD = 4, 4
 # float64: whether to change nothing; the norm; how many steps were skipped; whether a row led outside
-SKIP, NORM, SKIPPED, STRAY = range(4)
+SKIP, NORM, SKIPPED, OUT_OF_RANGE_ROWS = range(4)
 # The limit of the norm; what gradients are multiplied by; whether to skip non-finite ones.
 LIMIT, RESCALE, GUARD = range(3)
-ROOM = 16  # numbers that one launch of `set_hyper` writes
+ROOM = 16  # numbers that one launch of `set_coefficients` writes

@@ -26,7 +26,8 @@ from numba.cuda.cudadrv import nvvm
 
 from ..compiler import cache
 from ..core import rules
-from .loops import Kernel
+from ..core.rules import Rule
+from .units import KernelSource
 
 Capability = tuple[int, int]
 
@@ -42,15 +43,16 @@ class Code:
 
 
 @cache_results
-def compiled(kernel: Kernel, capability: Capability) -> Code:
+def compiled(kernel: KernelSource, capability: Capability) -> Code:
     """A kernel's machine code, from the cache if it is there."""
-    key = [cache.fingerprint(part) if callable(part) else part for part in kernel.key]
+    key = [part.key if isinstance(part, Rule) else part for part in kernel.key]
     path = cache.place(f"cuda-{kernel.key[0]}", (key, capability, _versions()))
     content = cache.read(path)
     if content is None:
         _local.compiled = how_many() + 1
-        for part in filter(callable, kernel.key):
-            try_alone(part, capability)
+        for part in kernel.key:
+            if isinstance(part, Rule):
+                try_alone(part.function, capability)
         text = ptx(kernel, capability)
         content = entry(text).encode() + b"\0" + link(text, capability)
         with suppress(OSError):  # a full disk, a read-only home: it will be compiled again
@@ -76,7 +78,7 @@ def try_alone(rule: Any, capability: Capability) -> None:
         raise
 
 
-def ptx(kernel: Kernel, capability: Capability) -> str:
+def ptx(kernel: KernelSource, capability: Capability) -> str:
     """A kernel in PTX."""
     signature = types.void(*[types.int64] * kernel.integers, *[types.float64] * kernel.reals)
     with _settings(capability):

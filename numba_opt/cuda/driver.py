@@ -16,7 +16,7 @@ import numpy as np
 from cuda.bindings import driver
 
 from .code import compiled
-from .loops import Kernel
+from .units import KernelSource
 
 
 class DriverError(RuntimeError):
@@ -69,7 +69,7 @@ class Device:
         major = self._ask(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
         self.capability = (major, self._ask(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
         self.processors = self._ask(kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-        self._functions: dict[Kernel, Any] = {}
+        self._functions: dict[KernelSource, Any] = {}
 
     def _ask(self, kind: Any) -> int:
         return int(call(driver.cuDeviceGetAttribute, kind, self._handle))
@@ -84,7 +84,7 @@ class Device:
         """While this lasts, what the driver is asked for is for this device."""
         return self._current
 
-    def function(self, kernel: Kernel) -> Any:
+    def function(self, kernel: KernelSource) -> Any:
         """A kernel, compiled and loaded."""
         found = self._functions.get(kernel)
         if found is None:
@@ -232,7 +232,7 @@ class Launch:
     def __init__(
         self,
         device: Device,
-        kernel: Kernel,
+        kernel: KernelSource,
         blocks: int,
         threads: int,
         integers: Sequence[int],

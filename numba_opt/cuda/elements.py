@@ -13,15 +13,14 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
 from ..compiler import half, rounding
-from ..compiler.elements import STORAGE
+from ..compiler.elements import STORED_AS
+from ..core.storage import SIZES, STOCHASTIC
 
 ACCESS = 16  # bytes that one access moves where arrays are aligned
 
-SIZES = {"f4": 4, "f8": 8, "f2": 2, "b2": 2, "i4": 4, "i8": 8}
-
 I32, I64, F16, F32 = ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
-STORED = {"f4": F32, "f8": ir.DoubleType(), "f2": F16, "b2": ir.IntType(16), "i4": I32, "i8": I64}
-NUMBERS = {"f2": types.float32, "b2": types.float32}  # others are what they are stored as
+STORED = {"f32": F32, "f64": ir.DoubleType(), "f16": F16, "bf16": ir.IntType(16), "i32": I32, "i64": I64}
+NUMBERS = {"f16": types.float32, "bf16": types.float32}  # others are what they are stored as
 
 
 def _known(*kinds):
@@ -30,45 +29,45 @@ def _known(*kinds):
 
 
 def _codes(layout):
-    """How arrays are stored; that some are rounded by chance matters to `store` alone."""
-    return layout.literal_value.replace("s", "").split()
+    """How arrays are stored; that some are rounded stochastically matters to `store` alone."""
+    return layout.literal_value.replace(STOCHASTIC, "").split()
 
 
 def _number(code):
-    return NUMBERS.get(code, STORAGE[code])
+    return NUMBERS.get(code, STORED_AS[code])
 
 
 def _decode(context, builder, bits, code):
     """A loaded value as a number."""
-    return builder.fpext(bits, F32) if code == "f2" else half.decode(context, builder, bits, STORAGE[code])
+    return builder.fpext(bits, F32) if code == "f16" else half.decode(context, builder, bits, STORED_AS[code])
 
 
 def _encode(context, builder, number, code):
     """A number as what is stored."""
-    if code == "f2":
+    if code == "f16":
         return builder.fptrunc(number, F16)
-    return half.encode(context, builder, number, STORAGE[code])
+    return half.encode(context, builder, number, STORED_AS[code])
 
 
-def _by_chance(context, builder, number, code, element, key):
+def _stochastic(context, builder, number, code, element, key):
     """A number as what is stored, rounded as `numba_opt.compiler.rounding` does it."""
     u4 = types.uint32
-    chance = context.compile_internal(builder, rounding.noise, u4(u4, u4), [element, key])
-    convert = rounding.to_half if code == "f2" else rounding.to_bfloat
-    bits = context.compile_internal(builder, convert, u4(types.float32, u4), [number, chance])
+    random_bits = context.compile_internal(builder, rounding.random_bits, u4(u4, u4), [element, key])
+    convert = rounding.to_half if code == "f16" else rounding.to_bfloat
+    bits = context.compile_internal(builder, convert, u4(types.float32, u4), [number, random_bits])
     return builder.bitcast(builder.trunc(bits, ir.IntType(16)), STORED[code])
 
 
 def _vector(code, count):
     """What an access moves. LLVM would move 16-bit integers in halves, so they come in pairs."""
-    return ir.VectorType(I32, count // 2) if code == "b2" else ir.VectorType(STORED[code], count)
+    return ir.VectorType(I32, count // 2) if code == "bf16" else ir.VectorType(STORED[code], count)
 
 
 def _taken(builder, value, code, count):
     """The elements that an access has moved."""
     if count == 1:
         return [value]
-    if code != "b2":
+    if code != "bf16":
         return [builder.extract_element(value, I32(k)) for k in range(count)]
     pairs = [builder.extract_element(value, I32(k)) for k in range(count // 2)]
     return [builder.trunc(builder.lshr(pair, I32(at)), STORED[code]) for pair in pairs for at in (0, 16)]
@@ -78,7 +77,7 @@ def _joined(builder, values, code):
     """Elements as what an access moves."""
     if len(values) == 1:
         return values[0]
-    if code == "b2":
+    if code == "bf16":
         words = [builder.zext(value, I32) for value in values]
         values = [
             builder.or_(low, builder.shl(high, I32(16)))
@@ -128,13 +127,13 @@ def load(typingctx, addresses, layout, i, count):
 def store(typingctx, addresses, layout, i, rows, key):
     """Write `rows`, tuples of numbers, as group number `i` (uint32) of elements behind each address.
 
-    Codes such as "sb2" are rounded by chance: `key` (uint32) is that of the element that the addresses are
-    of, and of the first one of these arrays.
+    Codes such as "bf16:sr" are rounded stochastically: `key` (uint32) is that of the element that the
+    addresses are of, and of the first one of these arrays.
     """
     if not _known(layout):
         return None
     codes, lanes, row = _codes(layout), len(rows), rows[0]
-    chances = [n for n, code in enumerate(layout.literal_value.split()) if code.startswith("s")]
+    stochastic = [n for n, code in enumerate(layout.literal_value.split()) if code.endswith(STOCHASTIC)]
     sig = types.void(addresses, layout, i, rows, key)
 
     def codegen(context, builder, sig, args):
@@ -143,11 +142,11 @@ def store(typingctx, addresses, layout, i, rows, key):
             values = [
                 context.cast(builder, builder.extract_value(lane, c), row[c], _number(code)) for lane in found
             ]
-            if c in chances:
-                own = builder.add(args[4], I32(chances.index(c) * rounding.STATE & 0xFFFFFFFF))
+            if c in stochastic:
+                own = builder.add(args[4], I32(stochastic.index(c) * rounding.STATE & 0xFFFFFFFF))
                 first = builder.mul(args[2], I32(lanes))
                 values = [
-                    _by_chance(context, builder, value, code, builder.add(first, I32(k)), own)
+                    _stochastic(context, builder, value, code, builder.add(first, I32(k)), own)
                     for k, value in enumerate(values)
                 ]
             else:
@@ -243,7 +242,7 @@ def aligned(typingctx, addresses):
 
 
 @intrinsic
-def from_other(typingctx, number, mask):
+def shfl_xor(typingctx, number, mask):
     """The number that the thread of this warp has whose lane differs in the bits of `mask`."""
     sig = number(number, types.int32)
     words = number.bitwidth // 32
@@ -263,7 +262,7 @@ def from_other(typingctx, number, mask):
 
 
 @intrinsic
-def meet(typingctx):
+def syncwarp(typingctx):
     """Let the threads of a warp wait for each other, and each see what the others have written."""
 
     def codegen(context, builder, sig, args):
@@ -276,7 +275,7 @@ def meet(typingctx):
 
 
 @intrinsic
-def agreed(typingctx, flag):
+def all_sync(typingctx, flag):
     """Whether all threads of a warp say so."""
 
     def codegen(context, builder, sig, args):

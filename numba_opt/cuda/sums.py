@@ -9,92 +9,102 @@ from typing import Any
 
 import numpy as np
 
-from .. import device
+from ..compiler import interrupts
+from ..core.call import Arrays
 from ..core.rules import Rule
-from ..cpu.sparse import RowSparse, check_shape
-from . import arrays as cuda_arrays
-from . import execution as cuda_execution
-from . import sparse as cuda_sparse
-from .arrays import View, current_stream, kernels, look, place
-from .memory import Scratch, over, sorting
+from ..core.step_rows import StepRows
+from ..core.storage import TouchedForm, code_of
+from ..core.sums import Add, Sums, Totals
+from ..cpu import threads
+from ..cpu.row_sparse import RowSparse, check_shape
+from .arrays import View, current_stream, kernels, look, place, to_host, zeros_like
+from .executor import UNPREPARED, CudaExecutor
+from .memory import Scratch
+from .tables import launch_over, sorting
+from .touched import DeviceTouchedRows, is_sparse, touched_rows
 
 BLOCK = 64  # rows that a block has room for at least
 KNOWN = 32  # sparse sums that are kept as objects, so that steps know them again
 
 
-class CudaSums:
-    """The sums of a trainer's gradients.
+class CudaSums(Sums):
+    """The sums of the gradients of parameters on GPUs.
 
     Adding is a step whose weights are the sums, with a rule of its own for the first gradient. Sparse
-    gradients are put one behind the other, in the weight's precision, and summed when they are used; together
-    with dense ones they are added to a dense sum. Memory is kept from one sum to the next, so that whoever
-    takes the sums finds them where they were.
+    gradients are in the weight's precision. Memory is kept from one sum to the next, so that whoever takes
+    the sums finds them where they were.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(names)
         loops = kernels().loops
-        self._names = names
         self._memory: dict[int, Any] = {}
         self._blocks: dict[int, Block] = {}  # of those sums that are sparse, and for sparse gradients
-        self._first, self._next = (
-            cuda_execution.Prepared(Rule(rule, 0, False)) for rule in (loops.begun, loops.plus)
-        )
+        self._first, self._next = (CudaExecutor(Rule(rule, 0, False)) for rule in (loops.begun, loops.plus))
         self._known: dict[tuple[int, int], SparseSum] = {}  # by position and number of parts
         self._kept: list[Block] = []  # what graphs have the addresses of
-        self._told: dict[int, Any] = {}  # a word of each device: whether something led outside
+        self._flags: dict[int, Any] = {}  # a word of each device: whether something led outside
 
-    def memory(self, t: int, weight: Any) -> Any:
-        """Where the sum of a parameter's gradients is, if it is dense: an array like its weight."""
+    def dense(self, t: int, weight: Any) -> Any:
         if t not in self._memory:
             view = look(weight, "weight")
-            self._memory[t] = cuda_arrays.zeros_like(weight, view.shadow.shape, view.shadow.dtype)
+            self._memory[t] = zeros_like(weight, view.shadow.shape, view.shadow.dtype)
         return self._memory[t]
 
-    def take(
-        self, sums: Sequence[Any], grads: Mapping[int, Any], weights: Mapping[int, Any]
-    ) -> tuple[list[Any], Callable[[], None]]:
-        """Be ready to add gradients, by position, to sums, of which some may be None.
+    def plus(
+        self, totals: Totals, grads: Mapping[int, Any], weights: Mapping[int, Any]
+    ) -> tuple[Totals, Add]:
+        found, launch = self._adding(totals, grads, weights)
 
-        Returns the sums, in memory that is not touched yet, and what adds.
+        def add(after: Sequence[partial[Any]] = ()) -> None:
+            with interrupts.defer_signals():
+                launch()
+                threads.run([], after)
 
-        Raises
-        ------
-        TypeError, ValueError
-            A gradient does not fit.
-        """
-        found, before = list(sums), list(sums)
+        return found, add
+
+    def for_step(
+        self, totals: Totals, grads: Mapping[int, Any], weights: Mapping[int, Any]
+    ) -> tuple[Totals, Callable[[], None] | None]:
+        return self._adding(totals, grads, weights)
+
+    def _adding(
+        self, totals: Totals, grads: Mapping[int, Any], weights: Mapping[int, Any]
+    ) -> tuple[Totals, Callable[[], None]]:
+        """The totals, in memory that is not touched yet, and what adds."""
+        found, before = list(totals), list(totals)
         calls: list[Callable[[], None]] = []
         for t, grad in grads.items():
-            if cuda_sparse.is_sparse(grad):
-                found[t] = self._join(t, sums[t], grad, weights[t], calls)
+            if is_sparse(grad):
+                found[t] = self._join(t, totals[t], grad, weights[t], calls)
             else:
                 if t not in self._memory and _capturing(weights[t], look(weights[t], "weight").device):
-                    raise RuntimeError(cuda_execution.UNPREPARED)
-                found[t] = self.memory(t, weights[t])
-                if isinstance(sums[t], SparseSum):
+                    raise RuntimeError(UNPREPARED)
+                found[t] = self.dense(t, weights[t])
+                if isinstance(totals[t], SparseSum):
                     before[t] = found[t]
-                    calls.append(self._spreading(sums[t], weights[t], found[t], True))
-        dense = [t for t, grad in grads.items() if not cuda_sparse.is_sparse(grad)]
-        parts = [
+                    calls.append(self._spreading(totals[t], weights[t], found[t], True))
+        dense = [t for t, grad in grads.items() if not is_sparse(grad)]
+        additions = [
             (self._first, [t for t in dense if before[t] is None], (1.0, math.inf, 0.0, 0.0)),
             (self._next, [t for t in dense if before[t] is not None], (1.0, math.inf, 0.0)),
         ]
-        parts = [part for part in parts if part[1]]
-        for prepared, which, _ in parts:
-            columns = [[grads[t] for t in which], [found[t] for t in which]]
-            prepared.take(device.Request(columns, (), False, self._label(which)))
+        additions = [addition for addition in additions if addition[1]]
+        for executor, members, _ in additions:
+            columns = [[grads[t] for t in members], [found[t] for t in members]]
+            executor.refresh(Arrays(columns, executor.rule, (), self._label(members)))
 
-        def add() -> None:
+        def launch() -> None:
             launches: list[Callable[[], None]] = [
-                prepared.launching([row], [0] * len(which))[0] for prepared, which, row in parts
+                executor.launching(StepRows.alike(row, len(members)))[0]
+                for executor, members, row in additions
             ]
             for call in (*calls, *launches):
                 call()
 
-        return found, add
+        return found, launch
 
-    def restored(self, weight: Any, saved: RowSparse, what: str) -> SparseSum:
-        """A sparse sum, in memory of its own, with the content of one on the host."""
+    def sparse(self, weight: Any, saved: RowSparse, what: str) -> SparseSum:
         view = look(weight, "weight")
         check_shape(saved, view.shadow, what)
         with np.errstate(all="ignore"):
@@ -102,35 +112,34 @@ class CudaSums:
         block = self._block(view, saved.shape, len(rows))
         for memory, content in ((block.rows, rows), (block.values, values)):
             block.gpu.assign(memory.address, np.ascontiguousarray(content))
-        self._told_of(view.device)
+        self._flag(view.device)
         return SparseSum(block, len(rows))
 
-    def strayed(self) -> bool:
-        """Whether a sparse gradient led outside, as far as that is known before a step takes the sums."""
-        words = [np.frombuffer(memory.read(8), np.float64) for memory in self._told.values()]
+    def out_of_range_rows(self) -> bool:
+        words = [np.frombuffer(memory.read(8), np.float64) for memory in self._flags.values()]
         return bool(np.any(words))
 
-    def _label(self, which: Sequence[int]) -> Callable[[int], str]:
-        return lambda k: f"parameter {self._names[which[k]]!r}"
+    def _label(self, members: Sequence[int]) -> Callable[[int], str]:
+        return lambda k: f"parameter {self.names[members[k]]!r}"
 
     # ---------------------------------------------------------------- sparse gradients
 
     def _join(self, t: int, total: Any, grad: Any, weight: Any, calls: list[Callable[[], None]]) -> Any:
         """A sum with one more gradient, which is sparse; what makes it comes to the calls."""
         view = look(weight, "weight")
-        parts = cuda_sparse.parts_of(grad, view, f"gradient of parameter {self._names[t]!r}")
+        given = touched_rows(grad, view, f"gradient of parameter {self.names[t]!r}")
         before = total.count if isinstance(total, SparseSum) else 0
-        count = parts.units if parts.columns is None else min(parts.units, parts.entries)
+        count = given.units if given.columns is None else min(given.units, given.entries)
         capturing = _capturing(weight, view.device)
         old = total.block if before else self._blocks.get(t)
         block, launches = old, []
         if block is None or block.room < before + count:
             if capturing:
-                raise RuntimeError(cuda_execution.UNPREPARED)
+                raise RuntimeError(UNPREPARED)
             block = self._block(view, grad.shape, max(before + count, 2 * block.room if block else BLOCK))
             launches = [block.moved_from(total.block, before)] if before else []
-        launches += block.collecting(parts, before, count, self._told_of(view.device))
-        calls.append(_launching(launches, weight, block.gpu, parts))
+        launches += block.collecting(given, before, count, self._flag(view.device))
+        calls.append(_launching(launches, weight, block.gpu, given))
         calls.append(partial(self._blocks.__setitem__, t, block))
         if capturing:
             calls.append(partial(self._kept.append, block))
@@ -151,20 +160,20 @@ class CudaSums:
     def _block(self, view: View, shape: Sequence[int], room: int) -> Block:
         return Block(kernels().driver.device(view.device), room, tuple(shape), view.shadow.dtype)
 
-    def _told_of(self, number: int) -> int:
+    def _flag(self, number: int) -> int:
         """The address of a device's word."""
-        if number not in self._told:
-            self._told[number] = kernels().driver.device(number).memory(8)
-        return int(self._told[number].address)
+        if number not in self._flags:
+            self._flags[number] = kernels().driver.device(number).memory(8)
+        return int(self._flags[number].address)
 
     def _spreading(self, parts: SparseSum, weight: Any, total: Any, every: bool) -> Callable[[], None]:
         """What adds parts to a dense sum or, with `every`, lets that begin with them."""
         block, place_of_sum = parts.block, place(look(total, "sum").shadow)
         if _capturing(weight, block.gpu.number):
             if not block.can_sort(parts.count):
-                raise RuntimeError(cuda_execution.UNPREPARED)
+                raise RuntimeError(UNPREPARED)
             self._kept.append(block)
-        launches = block.spreading(parts.count, place_of_sum, every, self._told_of(block.gpu.number))
+        launches = block.spreading(parts.count, place_of_sum, every, self._flag(block.gpu.number))
         return _launching(launches, weight, block.gpu)
 
 
@@ -174,11 +183,11 @@ def _capturing(weight: Any, number: int) -> bool:
 
 
 def _launching(
-    launches: Sequence[Any], weight: Any, gpu: Any, parts: cuda_sparse.Parts | None = None
+    launches: Sequence[Any], weight: Any, gpu: Any, given: DeviceTouchedRows | None = None
 ) -> Callable[[], None]:
     """What launches kernels on a weight's stream, after the streams on which gradients are made."""
     stream = current_stream(weight, gpu.number)
-    others = {view.stream for view in parts.views if view.stream} - {stream} if parts else set()
+    others = {view.stream for view in given.views if view.stream} - {stream} if given else set()
 
     def launch() -> None:
         with gpu.current():
@@ -195,45 +204,48 @@ class Block:
 
     def __init__(self, gpu: Any, room: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.gpu, self.room, self.shape, self.dtype = gpu, room, shape, dtype
-        self.width, self._code = math.prod(shape[1:]), device.code_of(dtype)
+        self.width, self._code = math.prod(shape[1:]), code_of(dtype)
         self.rows, self.values = gpu.memory(8 * room), gpu.memory(dtype.itemsize * room * self.width)
         self._keys = Scratch(gpu)
 
     def moved_from(self, other: Block, count: int) -> Any:
         """The launch that takes over the first parts of another one."""
         given = (other.values.address, other.rows.address, 0, count, count)
-        return self._collect(f"rows i8 {self._code}", given, 0, 0)
+        return self._collect(TouchedForm("rows", self._code, "i64"), given, 0, 0)
 
-    def collecting(self, parts: cuda_sparse.Parts, at: int, count: int, told: int) -> list[Any]:
+    def collecting(self, given: DeviceTouchedRows, at: int, count: int, flag: int) -> list[Any]:
         """The launches that put a gradient behind the parts that are there, to have so many places."""
-        values, numbers, columns, _, _, entries, *_ = parts.head(self.shape[0], 0, (0, 0))
-        if parts.columns is None:
-            form = f"rows {parts.integers} {parts.form.split()[-1]}"
-            return [self._collect(form, (values, numbers, 0, count, count), at, told)]
-        vacate = over(self.gpu, kernels().loops.vacate(), count, (self.rows.address + 8 * at, count), None)
-        return [
-            vacate,
-            self._collect(parts.form, (values, numbers, columns, self.shape[0], entries), at, told),
-        ]
+        values, indices, columns, _, _, entries, *_ = given.head(self.shape[0], 0, 0, 0)
+        if given.columns is None:
+            form = TouchedForm("rows", given.form.grad, f"i{8 * given.indices.shadow.itemsize}")
+            return [self._collect(form, (values, indices, 0, count, count), at, flag)]
+        vacate = launch_over(
+            self.gpu, kernels().loops.vacate(), count, (self.rows.address + 8 * at, count), None
+        )
+        csr = values, indices, columns, self.shape[0], entries
+        return [vacate, self._collect(given.form, csr, at, flag)]
 
-    def _collect(self, form: str, given: tuple[int, ...], at: int, told: int) -> Any:
-        by_warps = True if form.startswith("csr") else None
+    def _collect(self, form: TouchedForm, given: tuple[int, ...], at: int, flag: int) -> Any:
+        by_warps = True if form.kind == "csr" else None
         units = given[3] if by_warps else given[3] * max(self.width, 1)
         first = self.rows.address + 8 * at, self.values.address + self.dtype.itemsize * at * self.width
         kernel = kernels().loops.collect(self._code, form)
-        return over(self.gpu, kernel, units, (*given, self.width, *first, told), by_warps)
+        return launch_over(self.gpu, kernel, units, (*given, self.width, *first, flag), by_warps)
 
     def can_sort(self, count: int) -> bool:
         """Whether there is memory to sort so many keys."""
         return self._keys.has(2 * count)
 
-    def spreading(self, count: int, total: int, every: bool, told: int) -> list[Any]:
+    def spreading(self, count: int, total: int, every: bool, flag: int) -> list[Any]:
         """The launches that add its first parts to a dense sum at some address."""
-        height, place_of_keys = self.shape[0], self._keys.fit(2 * count)
-        launches, keys = sorting(self.gpu, "i8", self.rows.address, count, height, place_of_keys)
-        given = (keys, self.values.address, count, height, self.width, total, told)
+        height, place_of_keys = self.shape[0], self._keys.resize(2 * count)
+        launches, keys = sorting(self.gpu, "i64", self.rows.address, count, height, place_of_keys)
+        given = (keys, self.values.address, count, height, self.width, total, flag)
         units = height + 1 if every else count
-        return [*launches, over(self.gpu, kernels().loops.spread(self._code, every), units, given, True)]
+        return [
+            *launches,
+            launch_over(self.gpu, kernels().loops.spread(self._code, every), units, given, True),
+        ]
 
 
 class SparseSum(RowSparse):
@@ -246,7 +258,7 @@ class SparseSum(RowSparse):
 
     def to_host(self) -> RowSparse:
         """The parts that are some row's, with NumPy arrays; waits for the device."""
-        rows, values = cuda_arrays.to_host(self.rows, "rows"), cuda_arrays.to_host(self.values, "values")
+        rows, values = to_host(self.rows, "rows"), to_host(self.values, "values")
         inside = (rows >= 0) & (rows < self.shape[0])
         return RowSparse(rows[inside], values[inside], self.shape)
 

@@ -19,22 +19,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from .. import arguments
-from ..cuda import arrays as cuda_arrays
-from ..device import as_array, check_writable, is_half, on_cuda, state_dtype
+from .. import arguments, device
+from ..core.storage import is_half, state_dtype
+from ..cpu.arrays import check_writable
 from ..errors import CheckpointError
 from ..lr_scheduler import LRScheduler
+from ..states import HasStates
 from . import files, tensor_file
 from .found import by_index, count, named, part, refusing, shown
 from .mxnet_states import load_mxnet_optimizer, load_mxnet_states
-
-if TYPE_CHECKING:
-    from ..optimizer import Optimizer
 
 __all__ = ["CheckpointError", "load_mxnet_optimizer", "load_mxnet_states", "refusing"]
 
@@ -190,7 +188,7 @@ def pairs(mine: Any, theirs: Any, what: str) -> list[tuple[Any, np.ndarray]]:
             expected = "None" if mine is None else "an array"
             raise CheckpointError(f"{what} is {shown(theirs)} in the checkpoint; expected {expected}")
         return []
-    target = cuda_arrays.writable(mine, what) if on_cuda(mine) else as_array(mine, what)
+    target = device.writable(mine, what)
     if isinstance(target, np.ndarray):
         check_writable(target, what)
     with refusing("the checkpoint"):
@@ -236,15 +234,15 @@ def copied(value: Any) -> Any:
         return type(value)(map(copied, value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return cuda_arrays.to_host(value, "array") if on_cuda(value) else as_array(value, "array").copy()
+    return device.to_host(value, "array").copy()
 
 
 def _content(value: Any, what: str) -> np.ndarray:
     """An array that can be read here."""
-    return cuda_arrays.to_host(value, what) if on_cuda(value) else as_array(value, what)
+    return device.to_host(value, what)
 
 
-def describe(optimizer: Optimizer) -> dict[str, Any]:
+def describe(optimizer: HasStates) -> dict[str, Any]:
     """An optimizer's name, hyper-parameters, counts and scheduler as plain values."""
     scheduler = optimizer.lr_scheduler
     hyper = {name: _plain(getattr(optimizer, name)) for name in _plain_parameters(optimizer)}
@@ -265,11 +263,11 @@ def describe(optimizer: Optimizer) -> dict[str, Any]:
 class Restoration(NamedTuple):
     """What `describe` found, for an optimizer that it fits."""
 
-    optimizer: Optimizer  # another one, as that one will be
+    optimizer: HasStates  # another one, as that one will be
     calls: Calls  # what makes it so
 
 
-def restoration(optimizer: Optimizer, found: Any) -> Restoration:
+def restoration(optimizer: HasStates, found: Any) -> Restoration:
     """Give an optimizer the hyper-parameters, counts and scheduler position that `describe` found.
 
     Raises
@@ -338,14 +336,14 @@ def _alike(mine: Any, theirs: Any) -> bool:
     return NONE in kinds or kinds[0] == kinds[1] or set(kinds) == {int, float}
 
 
-def _check_row(optimizer: Optimizer) -> None:
+def _check_row(optimizer: HasStates) -> None:
     """Refuse an optimizer that does not have the coefficients that its rule takes."""
     if optimizer.rule is None:
         return
-    length, _ = optimizer._recorded_as(np.dtype(np.float32))
+    length = optimizer.coefficient_row_length()
     name, lr = type(optimizer).__name__, 0.01 if optimizer.lr is None else optimizer.lr
     with refusing(f"the checkpoint's hyper-parameters are not {name}'s"):
-        row = optimizer._hyper_row(optimizer.rescale_grad, lr, optimizer.wd, optimizer.num_update + 1)
+        row = optimizer.coefficient_row(optimizer.rescale_grad, lr, optimizer.wd, optimizer.num_update + 1)
         if len(row) != length:
             raise CheckpointError(
                 f"with the checkpoint's hyper-parameters, {name} has {len(row)} coefficients; "
@@ -353,9 +351,9 @@ def _check_row(optimizer: Optimizer) -> None:
             )
 
 
-def check_forms(before: Optimizer, after: Optimizer, weights: Iterable[Any]) -> None:
+def check_forms(before: HasStates, after: HasStates, weights: Iterable[Any]) -> None:
     """Refuse options of an optimizer by which states of some weights would be of another form."""
-    for dtype in dict.fromkeys(before._dtype_of(weight, "weight") for weight in weights):
+    for dtype in dict.fromkeys(device.look_at(weight, "weight").dtype for weight in weights):
         here, there = (state_form(optimizer, dtype) for optimizer in (before, after))
         if here != there:
             raise CheckpointError(
@@ -363,13 +361,13 @@ def check_forms(before: Optimizer, after: Optimizer, weights: Iterable[Any]) -> 
             )
 
 
-def state_form(optimizer: Optimizer, dtype: np.dtype) -> str:
+def state_form(optimizer: HasStates, dtype: np.dtype) -> str:
     """What the states of weights of a dtype consist of, with the options that an optimizer has."""
     master = optimizer.multi_precision and is_half(dtype)
-    kept = state_dtype(optimizer._stored, np.dtype(np.float32) if master else dtype)
+    kept = state_dtype(optimizer.state_storage, np.dtype(np.float32) if master else dtype)
     form = f"({', '.join(optimizer.state_names)}) in {kept}"
     if optimizer.sparse_update == "exact":
-        form = f"({form}, stamps)"
+        form = f"({form}, last_step)"
     return f"(float32 weight, {form})" if master else form
 
 
@@ -406,7 +404,7 @@ def saved(state_dict: Any, names: Sequence[str]) -> Saved:
     return Saved(part(state_dict, "optimizer", Mapping, what), parameters, counts, accumulated, skipped)
 
 
-def _plain_parameters(optimizer: Optimizer) -> list[str]:
+def _plain_parameters(optimizer: HasStates) -> list[str]:
     """The constructor's parameters that are kept under their own names as plain values."""
     held = vars(optimizer)
     return [name for name in arguments.parameters(type(optimizer)) if name in held and _is_plain(held[name])]

@@ -123,6 +123,7 @@ class GroupAdaGrad(Optimizer):
     rule = staticmethod(group_adagrad)
     state_names = ("history",)
     per_row = True
+    decay = None
 
     def __init__(
         self,
@@ -133,12 +134,6 @@ class GroupAdaGrad(Optimizer):
     ) -> None:
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self.epsilon = arguments.number("epsilon", epsilon)
-        self._hyper_row(1.0, 0.0, self.wd, 1)  # refuses weight decay
 
     def hyper(self, lr: float, t: int) -> tuple[float, ...]:
         return lr, self.epsilon
-
-    def _hyper_row(self, rescale: float, lr: float, wd: float, t: int) -> tuple[float, ...]:
-        if wd:
-            raise ValueError(f"wd must be 0 for GroupAdaGrad, which has no weight decay; got {wd!r}")
-        return super()._hyper_row(rescale, lr, wd, t)

@@ -20,7 +20,7 @@ from ..compiler import cache, private
 from ..cpu import threads
 from ..cuda import arrays as cuda_arrays
 from ..errors import CudaUnavailableError
-from .warmup import cores
+from .crew import cores
 
 __all__ = ["cache_usage", "clear_cache", "collect", "text"]
 

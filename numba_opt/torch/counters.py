@@ -20,7 +20,7 @@ def read(addresses, counts):
     """Read the numbers at some addresses; whether they are all the same."""
     alike = True
     for t in range(addresses.size):
-        counts[t] = load(pointers((addresses[t],), "f4"), np.uintp(0))[0]
+        counts[t] = load(pointers((addresses[t],), "f32"), np.uintp(0))[0]
         alike &= counts[t] == counts[0]
     return alike
 
@@ -28,7 +28,7 @@ def read(addresses, counts):
 def count_up(addresses):
     """Add 1 to the numbers at some addresses."""
     for t in range(addresses.size):
-        count = pointers((addresses[t],), "f4")
+        count = pointers((addresses[t],), "f32")
         store(count, np.uintp(0), (load(count, np.uintp(0))[0] + np.float32(1),))
 
 

@@ -1,4 +1,4 @@
-"""Parameters on GPUs: batches of `numba_opt.torch.binding` with tables and launches of `numba_opt.cuda`.
+"""Parameters on GPUs: batches of `numba_opt.torch.batch` with tables and launches of `numba_opt.cuda`.
 
 What a step looks at is the same as on the CPU. Kernels go to torch's current stream, or to the one that
 `numba_opt.cuda.on` names, and nothing waits for the device. (The exception are weights and states that
@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import device
+from ..core.executor import Executor
+from ..core.step_rows import StepRows
 from ..cpu import threads
-from ..cpu.sparse import RowSparse
-from ..cuda import execution as cuda_execution
-from ..cuda import sparse as cuda_sparse
+from ..cpu.row_sparse import RowSparse
 from ..cuda.arrays import View, current_stream, kernels
-from .binding import Batch, Formula, Kind, Member
+from ..cuda.call import DeviceCall
+from ..cuda.executor import CudaExecutor
+from ..cuda.touched import touched_rows
+from .batch import Batch, Formula
 from .tensors import checked_parts, laid_out, local, memory
 
 
@@ -49,50 +50,38 @@ class CudaBatch(Batch):
 
     compiled = False
 
-    def __init__(self, kind: Kind, members: Sequence[Member], turn: int) -> None:
-        self.gpu = kernels().driver.device(local(members[0].param).device.index)
-        self.part = cuda_execution.Part(kind.rule, self.gpu, list(range(len(members))))
-        super().__init__(kind, members, turn)
+    def _executor(self) -> Executor:
+        self.gpu = kernels().driver.device(local(self.params[0]).device.index)
+        return CudaExecutor(self.key.rule)
 
-    def _take_parts(self, grads: Sequence[Any]) -> None:
-        self.parts = {}
+    def _read_touched(self, grads: Sequence[Any]) -> None:
+        self.touched = {}
         self.blocks = []  # alive until the step has been made
         for t in self.sparse:
             what = f"gradient of {self.labels[t]}"
             self.blocks.append(block_of(grads[t], what))
             weight = View(memory(local(self.params[t])), self.gpu.number, None)
-            self.parts[t] = cuda_sparse.parts_of(self.blocks[-1], weight, what)
+            self.touched[t] = touched_rows(self.blocks[-1], weight, what)
 
-    def _apart(self) -> dict[int, list[np.ndarray]]:
-        return {t: [view.shadow for view in part.views] for t, part in self.parts.items()}
-
-    def _prepare(self) -> None:
+    def _call(self) -> DeviceCall:
         weights = list(map(local, self.params)) if self.wrapped else self.params
-        bound = device.Bound(self.tables, self.found, ((), weights), [])
-        found = cuda_execution.Found(self.gpu.number, self.part.members, bound, self.parts, set())
-        self.part.hold(found, weights[0])
-
-    def _move(self) -> bool:
-        if not super()._move():
-            return False
-        self._prepare()
-        return True
+        call = super()._call()._replace(arrays=((), weights))
+        return DeviceCall(self.gpu.number, list(range(len(weights))), call)
 
     def calls(
         self, formulas: Sequence[Formula], rates: Sequence[float]
     ) -> tuple[list[threads.Job], list[partial[Any]]]:
-        hyper, which = self._hyper(formulas, rates)
-        stream = stream_for(local(self.params[0]))
-        return [], [partial(self._launch, np.array(hyper), which.tolist(), stream), *self._after()]
+        rows, stream = self._rows(formulas, rates), stream_for(local(self.params[0]))
+        return [], [partial(self._launch, rows, stream), *self._after()]
 
-    def _launch(self, rows: np.ndarray, which: list[int], stream: int) -> None:
+    def _launch(self, rows: StepRows, stream: int) -> None:
         """Launch the kernels, between what torch's current stream has been given and what it will be."""
+        assert isinstance(self.executor, CudaExecutor)
         current = int(torch.cuda.current_stream(self.gpu.number).cuda_stream)
         if stream != current:
             self.gpu.after(stream, current)
-        with self.gpu.current():
-            self.part.write(rows, which, None, stream)
-            self.part.launch(None, stream)
+        launch, _ = self.executor.launching(rows)
+        launch()
         if stream != current:
             self.gpu.after(current, stream)
 

@@ -18,7 +18,7 @@ from numba.extending import intrinsic, register_jitable
 
 from ..compiler import cache
 from ..compiler.elements import peek
-from ..cpu.ndarray import CHANGED, HEADER, MOVED, SAME, STRANGE
+from ..cpu.ndarray import CHANGED, HEADER, MOVED, SAME, UNSUPPORTED
 
 # The numbers of a description: the address; how many bytes the storage has from there on; the device; dtype
 # and number of dimensions; what else the tensor is (negative, say); then as much room for the shape as for
@@ -94,7 +94,7 @@ def look(objects, functions, none, seen, filled):
     `functions` are the address of `asker`, those of the functions for the size of a storage and for how many
     elements of it come before a tensor, and where a tensor's C++ object says what it is. `seen` has a row of
     ``HEAD + 2 * room`` numbers for each tensor, all 0 for the object `none`. The answer is SAME; MOVED if
-    only addresses changed, or the room there; CHANGED; or STRANGE if a tensor cannot be described in the
+    only addresses changed, or the room there; CHANGED; or UNSUPPORTED if a tensor cannot be described in the
     dimensions that there are. `filled` is room for a `DLTensor` and two numbers.
     """
     dims = (seen.shape[2] - HEAD) // 2
@@ -111,10 +111,10 @@ def look(objects, functions, none, seen, filled):
                 and ask(functions[1], handle, at + 8 * STORAGE)
                 and ask(functions[2], handle, at + 8 * BEFORE)
             ):
-                return STRANGE
+                return UNSUPPORTED
             ndim = filled[KIND] & int64(0xFFFFFFFF)
             if ndim > dims:
-                return STRANGE
+                return UNSUPPORTED
             item = (filled[KIND] >> 40 & int64(0xFF)) // 8
             moved |= renew(row, ADDRESS, filled[DATA] + filled[OFFSET])
             moved |= renew(row, ROOM, filled[STORAGE] - filled[BEFORE] * item)

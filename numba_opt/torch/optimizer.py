@@ -1,7 +1,7 @@
 """What the optimizers of `numba_opt.torch` share: `torch.optim.Optimizer` with this package's steps.
 
 Options are checked and made into formulas when they have changed; parameters, gradients and states are looked
-at when they are first seen, and bound (`numba_opt.torch.binding`).
+at when they are first seen, and bound (`numba_opt.torch.batch`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .. import arguments, optimizer
 from ..core.rules import Rule
+from ..core.step_rows import Row
 from ..core.torch_form import TorchForm, number
 from ..core.turn import Turn
-from .binding import Batch, Binding, Formula, Kind, Member
+from .batch import Batch, BatchKey, BoundBatches, Formula, Member
 from .cuda_batch import CudaBatch, stream_for
 from .tensors import check_gradient, check_parameter, is_counter
 
@@ -68,7 +69,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, {**defaults, **given, "formula": formula})
 
     def _forget(self) -> None:
-        self._bindings: dict[bytes, Binding] = {}  # by which parameters have no gradient
+        self._bindings: dict[bytes, BoundBatches] = {}  # by which parameters have no gradient
         self._formulas: list[tuple[Any, Formula]] = []  # of each group, with the options they are made of
 
     # ---------------------------------------------------------------- options
@@ -98,11 +99,11 @@ class Optimizer(torch.optim.Optimizer):
         # maximising is a matter of the gradient's sign
         first = (-1.0 if group["maximize"] else 1.0, math.inf, number(group, "weight_decay"))
 
-        def row(lr: float, t: int) -> tuple[float, ...]:
+        def row(lr: float, t: int) -> Row:
             return (*first, *variant.hyper(lr, t))
 
         rule = Rule(variant.rule, len(variant.states), False)
-        return Formula(Kind(rule, variant.states, self.form.counted), row)
+        return Formula(BatchKey(rule, variant.states, self.form.counted), row)
 
     def _mxnet(self, group: Options) -> Formula:
         """This package's own formula."""
@@ -114,10 +115,10 @@ class Optimizer(torch.optim.Optimizer):
         own = self.own(**options)
         rescale = -own.rescale_grad if group["maximize"] else own.rescale_grad
 
-        def row(lr: float, t: int) -> tuple[float, ...]:
-            return own._hyper_row(rescale, lr, own.wd, t)
+        def row(lr: float, t: int) -> Row:
+            return own.coefficient_row(rescale, lr, own.wd, t)
 
-        return Formula(Kind(own._rule(), own.state_names, self.form.counted), row)
+        return Formula(BatchKey(own.checked_rule(), own.state_names, self.form.counted), row)
 
     def _formula_of(self, group: Options, expected: str) -> Formula:
         """The formula that a group's options ask for; all of them are checked."""
@@ -153,7 +154,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             formula = self._formula_of(group, self.defaults["formula"])
             for k, param in enumerate(group["params"]):
-                check_parameter(param, self._label(len(self.param_groups) - 1, k), formula.kind.rule.per_row)
+                check_parameter(param, self._label(len(self.param_groups) - 1, k), formula.key.rule.per_row)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -219,15 +220,15 @@ class Optimizer(torch.optim.Optimizer):
         members = [list(group["params"]) for group in groups]
         params = list(chain.from_iterable(members))
         grads = list(map(attrgetter("grad"), params))
-        kinds = [formula.kind for formula in formulas]
+        keys = [formula.key for formula in formulas]
         absent = bytes(map(is_, grads, repeat(None)))
         bindings = self._bindings
         binding = bindings.pop(absent, None)  # until the step has been made
-        if binding is None or not binding.refresh(params, grads, kinds, self.state):
+        if binding is None or not binding.refresh(params, grads, keys, self.state):
             if binding is not None or len(bindings) >= KEPT:
                 bindings.clear()
             places = [(g, k) for g, alike in enumerate(members) for k in range(len(alike))]
-            binding = self._bind(places, params, grads, kinds)
+            binding = self._bind(places, params, grads, keys)
         binding.step(formulas, rates)
         bindings[absent] = binding
 
@@ -236,8 +237,8 @@ class Optimizer(torch.optim.Optimizer):
         places: Sequence[tuple[int, int]],
         params: Sequence[Tensor],
         grads: Sequence[Any],
-        kinds: Sequence[Kind],
-    ) -> Binding:
+        keys: Sequence[BatchKey],
+    ) -> BoundBatches:
         """Look at everything, make the states that are missing, and bind what belongs together."""
         turns: dict[int, int] = {}  # how many times a parameter has come already
         devices = set()
@@ -245,29 +246,29 @@ class Optimizer(torch.optim.Optimizer):
         for at, ((g, k), param, grad) in enumerate(zip(places, params, grads, strict=True)):
             if grad is not None:
                 label = self._label(g, k)
-                weight = check_parameter(param, label, kinds[g].rule.per_row)
+                weight = check_parameter(param, label, keys[g].rule.per_row)
                 check_gradient(grad, param, f"gradient of {label}")
                 if weight.is_cuda and weight.device not in devices:
                     stream_for(weight)  # before states are made
                 devices.add(weight.device)
                 turn = turns[id(param)] = turns.get(id(param), -1) + 1
                 member = Member(at, g, label, param, grad, self.state[param])
-                members.setdefault((kinds[g], turn, weight.device), []).append(member)
-        for (kind, *_), alike in members.items():
+                members.setdefault((keys[g], turn, weight.device), []).append(member)
+        for (key, *_), alike in members.items():
             for member in alike:
-                self._complete(member, kind)
+                self._complete(member, key)
         batches = [
-            (CudaBatch if on.type == "cuda" else Batch)(kind, alike, turn)
-            for (kind, turn, on), alike in members.items()
+            (CudaBatch if on.type == "cuda" else Batch)(key, alike, turn)
+            for (key, turn, on), alike in members.items()
         ]
-        return Binding(params, kinds, self.state, batches)
+        return BoundBatches(params, keys, self.state, batches)
 
-    def _complete(self, member: Member, kind: Kind) -> None:
+    def _complete(self, member: Member, key: BatchKey) -> None:
         """Make what a parameter's state lacks."""
         state, param = member.state, member.param
         if not isinstance(state, MutableMapping):
             raise TypeError(f"state of {member.label} is {type(state).__name__}; expected a dict")
-        names = ("step", *kind.states) if kind.counted else kind.states
+        names = ("step", *key.states) if key.counted else key.states
         lacking = [name for name in names if state.get(name) is None]
         if any(name in state for name in names):
             for name in lacking:
@@ -279,9 +280,9 @@ class Optimizer(torch.optim.Optimizer):
             if name == "step":
                 made[name] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             else:
-                like = param.detach()[:, :1] if kind.rule.per_row else param.detach()
+                like = param.detach()[:, :1] if key.rule.per_row else param.detach()
                 made[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
-        if kind.counted and "step" not in made and not is_counter(state["step"]):
+        if key.counted and "step" not in made and not is_counter(state["step"]):
             made["step"] = _counter(state["step"], member.label)
         state.update(made)  # all at once: half a state would be refused from then on
 

@@ -1,6 +1,6 @@
 """What a torch tensor is: its address, dtype and strides, and whether a kernel may have it.
 
-The same border as `numba_opt.device`, for tensors instead of NumPy arrays. A tensor that fills its memory
+The same border as `numba_opt.cpu.reader`, for tensors instead of NumPy arrays. A tensor that fills its memory
 without gaps is taken as it lies, whatever the order of its dimensions, as long as its gradient and its
 states lie in the same order; anything else is worked on in a copy that is written back.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import device
-from ..cpu import ndarray, sparse
+from ..core.call import Scan
+from ..core.foreign import extents, lack_of_memory, loaded
+from ..core.storage import ABSENT, CODES, EXPECTED, STORAGES, gradients_for, pack, size_of
+from ..cpu import ndarray
+from ..cpu.arrays import check_apart, check_writable
+from ..cpu.csr import check_numbers
+from ..cpu.touched import TouchedRows, by_row
 from ..cuda import arrays as cuda_arrays
 from . import dlpack
 
-CODES = {torch.float32: "f4", torch.float64: "f8", torch.float16: "f2", torch.bfloat16: "b2"}
+CODE_OF = {getattr(torch, storage.name): storage.code for storage in STORAGES}
 
 
 # -------------------------------------------------------------------- which tensors are taken
@@ -42,8 +47,8 @@ def check_parameter(param: Any, what: str, per_row: bool) -> Tensor:
         It is on a GPU, and what that takes is not installed.
     """
     tensor = local(param)
-    if param.dtype not in CODES:
-        raise TypeError(f"{what} is {param.dtype}; expected float32, float64, float16 or bfloat16")
+    if param.dtype not in CODE_OF:
+        raise TypeError(f"{what} is {param.dtype}; expected {EXPECTED}")
     if tensor.device.type == "meta":
         raise ValueError(f"{what} is a meta tensor, which has no memory; expected one on the CPU or a GPU")
     if tensor.device.type not in ("cpu", "cuda"):
@@ -66,7 +71,7 @@ def check_gradient(grad: Any, param: Any, what: str) -> Tensor:
     tensor, weight = local(grad), local(param)
     _check_beside(tensor, weight, tuple(weight.shape), what)
     _check_kind(tensor, what, torch.sparse_coo)
-    if CODES.get(tensor.dtype) not in device.gradients_for(CODES[param.dtype]):
+    if CODE_OF.get(tensor.dtype) not in gradients_for(CODE_OF[param.dtype]):
         raise TypeError(f"{what} is {tensor.dtype}; expected {param.dtype}, as its parameter")
     return tensor
 
@@ -132,7 +137,7 @@ def is_counter(step: Any) -> bool:
 
 def local(tensor: Any) -> Any:
     """The tensor itself, or the shard of a distributed one that this process holds."""
-    distributed = device.loaded("torch.distributed.tensor", "DTensor")
+    distributed = loaded("torch.distributed.tensor", "DTensor")
     if distributed is not None and isinstance(tensor, distributed):
         with torch.no_grad():
             return tensor.to_local()
@@ -150,7 +155,7 @@ def placements(tensor: Any) -> Any:
 def _fills(tensor: Tensor) -> bool:
     """Whether a tensor's elements fill its memory without gaps or repetition, in whatever order."""
     expected = 1
-    for stride, length in sorted(device.extents(tensor, tensor.stride())):
+    for stride, length in sorted(extents(tensor, tensor.stride())):
         if stride != expected:
             return False
         expected *= length
@@ -168,35 +173,32 @@ def laid_out(tensor: Any, order: tuple[int, ...] | None) -> Any:
         return None
     if order is None:
         order = (*(math.prod(tensor.shape[d + 1 :]) for d in range(tensor.ndim)),)
-    alike = device.extents(tensor, tensor.stride()) == device.extents(tensor, order)
+    alike = extents(tensor, tensor.stride()) == extents(tensor, order)
     as_it_lies = not (tensor.is_neg() or tensor._is_zerotensor())
     if alike and as_it_lies and tensor.data_ptr() % tensor.element_size() == 0:
         return tensor
     return tensor.new_empty_strided(tensor.shape, order).copy_(tensor.detach())
 
 
-def survey(columns: Sequence[Sequence[Any]]) -> ndarray.Survey:
+def scan_of(columns: Sequence[Sequence[Any]]) -> Scan:
     """Where gradients (or None), weights and states are, as tables are made of it."""
     sizes = [math.prod(weight.shape) for weight in columns[1]]
     heights = [weight.shape[0] if weight.ndim else 1 for weight in columns[1]]
     widths = [size // height if height else 1 for size, height in zip(sizes, heights, strict=True)]
-    blank = [0] * len(sizes)
+    nothing = [0] * len(sizes)
     at = [[0 if x is None else x.data_ptr() for x in column] for column in columns]
-    kinds = [
-        [ndarray.ABSENT if x is None else ndarray.CODES.index(CODES[x.dtype]) for x in column]
-        for column in columns
-    ]
-    return ndarray.Survey(
-        addresses=np.array([*at, blank, widths, blank], np.uint64).T.copy(),
+    numbers = [[ABSENT if x is None else CODES.index(CODE_OF[x.dtype]) for x in column] for column in columns]
+    return Scan(
+        addresses=np.array([*at, nothing, widths, nothing], np.uint64).T.copy(),
         bytes=np.array([[0 if x is None else _bytes(x) for x in column] for column in columns]).T.copy(),
         sizes=np.array(sizes, np.int64),
-        codes=np.array([device.pack(codes) for codes in zip(*kinds, strict=True)], np.int64),
+        storages=np.array([pack(own) for own in zip(*numbers, strict=True)], np.int64),
     )
 
 
 def _bytes(tensor: Tensor) -> int:
     """How many bytes a tensor has, by its shape and dtype."""
-    return math.prod(tensor.shape) * ndarray.SIZES[ndarray.CODES.index(CODES[tensor.dtype])]
+    return math.prod(tensor.shape) * size_of(CODE_OF[tensor.dtype])
 
 
 def nbytes(tensor: Any) -> int:
@@ -214,21 +216,21 @@ def check_memory(
     columns: Sequence[Sequence[Tensor | None]],
     names: Sequence[str],
     labels: Sequence[str],
-    apart: Mapping[int, Sequence[np.ndarray]],
+    read: Sequence[tuple[int, np.ndarray]],
 ) -> None:
-    """Refuse tensors that share memory, with another one, one that is `apart`, or within themselves."""
+    """Refuse tensors that share memory, with another one, an array that is `read`, or within themselves."""
     arrays: list[list[Any]] = [
         [None if x is None else memory(x.resolve_neg()) for x in column] for column in columns
     ]
     for name, column in zip(names[1:], arrays[1:], strict=True):
         for t, array in enumerate(column):
-            device.check_writable(array, f"{name} of {labels[t]}")
-    device.check_apart(arrays, names, labels.__getitem__, apart)
+            check_writable(array, f"{name} of {labels[t]}")
+    check_apart(arrays, names, labels.__getitem__, read)
 
 
 def check_storage(tensor: Tensor, what: str) -> None:
     """Refuse a tensor that has no memory, or whose storage has been shrunk or freed."""
-    if lack := device.lack_of_memory(tensor):
+    if lack := lack_of_memory(tensor):
         raise ValueError(f"{what} {lack}")
 
 
@@ -254,21 +256,21 @@ def write_back(tensor: Tensor, copy: Tensor) -> partial[Any]:
     return partial(operator.setitem, memory(tensor), ..., memory(copy))
 
 
-def parts_of(grad: Tensor, what: str) -> sparse.Parts:
+def touched_rows(grad: Tensor, what: str) -> TouchedRows:
     """What a sparse gradient touches; every number in it is checked."""
     grad = _own(grad)
     indices, values = checked_parts(grad, what)
     rows = indices[0]
     if grad.sparse_dim() > 1:  # rows are made of single numbers, or of parts of rows
         for d, numbers in enumerate(indices.numpy()):
-            sparse.check_numbers(numbers, f"indices of {what} in dimension {d}", grad.shape[d])
+            check_numbers(numbers, f"indices of {what} in dimension {d}", grad.shape[d])
         rows, places = torch.unique(rows, return_inverse=True)
         real = torch.float64 if values.dtype == torch.float64 else torch.float32
         sums = torch.zeros((len(rows), *grad.shape[1:]), dtype=real, device="cpu")
         values = sums.index_put_((places, *indices[1:]), values.to(real), accumulate=True)
     block = memory(laid_out(values, None))
     numbers = np.array(rows.numpy())  # their own memory: what is checked is what the kernel gets
-    return sparse.by_row(block, CODES[values.dtype], numbers, grad.shape[0], what)
+    return by_row(block, CODE_OF[values.dtype], numbers, grad.shape[0], what)
 
 
 def checked_parts(grad: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -309,7 +311,7 @@ def look(columns: Sequence[Sequence[Any]], ids: np.ndarray, seen: np.ndarray) ->
                 if tensor is not None:
                     seen[c, t] = _describe(tensor, (seen.shape[2] - dlpack.HEAD) // 2)
     except (RuntimeError, ValueError):  # no memory; no room
-        return ndarray.STRANGE
+        return ndarray.UNSUPPORTED
     if (before[..., 2:] != seen[..., 2:]).any():
         return ndarray.CHANGED
     return ndarray.MOVED if (before != seen).any() else ndarray.SAME
@@ -338,7 +340,7 @@ def _describe(tensor: Tensor, ndim: int) -> list[int]:
 def _functions() -> np.ndarray | None:
     """What `dlpack.look` calls and reads, if it says what some tensors say themselves."""
     blank = partial(torch.zeros, device="cpu")
-    some = [blank(5, 3, dtype=dtype)[1:].t() for dtype in CODES]
+    some = [blank(5, 3, dtype=dtype)[1:].t() for dtype in CODE_OF]
     some += [torch._neg_view(blank(5, 3)).t(), blank(40)[3:18].view(3, 5)]
     library = dlpack.library(torch._C.__file__)
     found = [dlpack.asker(Tensor)]
@@ -356,6 +358,6 @@ def _functions() -> np.ndarray | None:
     if _ask(ids, functions, seen) != ndarray.CHANGED:
         return None
     said = [_describe(x, 3) for x in some]
-    told_apart = len(set(seen[0, : len(CODES), 3].tolist())) == len(CODES)
+    told_apart = len(set(seen[0, : len(CODE_OF), 3].tolist())) == len(CODE_OF)
     alike = seen[0][:, [0, 1, *range(5, 11)]].tolist() == [[*row[:2], *row[5:]] for row in said]
     return functions if told_apart and alike else None

@@ -102,10 +102,10 @@ def test_one_launch_for_all_tensors_of_a_layout(driver):
     driver.launches.clear()
     for _ in range(3):
         optimizer.update(call.indices, weights, grads, states)
-    assert driver.launches == ["copy", "set_hyper", "dense", "dense", "dense"]
+    assert driver.launches == ["copy", "set_coefficients", "dense", "dense", "dense"]
     optimizer.set_learning_rate(0.5)
     optimizer.update(call.indices, weights, grads, states)
-    assert driver.launches[5:] == ["set_hyper", "dense"]  # nothing is compiled or copied again
+    assert driver.launches[5:] == ["set_coefficients", "dense"]  # nothing is compiled or copied again
 
 
 def test_every_element_is_read_and_written_once(driver):

@@ -138,11 +138,11 @@ def test_catching_up_with_distinct_rows_and_other_dimensions():
 
 def test_many_steps(monkeypatch):
     """The history is of a fixed length: once it is full, all rows catch up. Nothing else can be told."""
-    monkeypatch.setattr(numba_opt.cuda.history, "ROOM", 3)
+    monkeypatch.setattr(numba_opt.cuda.deferred, "ROOM", 3)
     pair = Pair(table.row("ftml"))
     for n in range(8):
         pair.step(block([n % 2, 5], seed=n))
-        assert pair.optimizers[0]._history[0].recorded == 1 + n % 3
+        assert pair.optimizers[0]._deferred[0].recorded == 1 + n % 3
         found = arrays.on_cpu(table.leaves([pair.weights[0], pair.states[0][0][0]]))
         expected = table.leaves([pair.weights[1], pair.states[1][0][0]])
         table.assert_bits([a[[n % 2, 5]] for a in found], [a[[n % 2, 5]] for a in expected])
@@ -158,10 +158,10 @@ def test_what_catching_up_launches(driver):
     for _ in range(2):
         driver.launches.clear()
         optimizer.update([0], weights, [grad], states)
-    assert driver.launches == ["late", "rows", "record"]
+    assert driver.launches == ["catch_up", "rows", "record"]
     driver.launches.clear()
     optimizer.flush([0], weights, states)
-    assert driver.launches == ["copy", "late", "forget"]
+    assert driver.launches == ["copy", "catch_up", "forget"]
     driver.launches.clear()
     optimizer.flush([0], weights, states)
     assert not driver.launches
@@ -172,7 +172,7 @@ def test_an_optimizer_is_copied_with_what_rows_have_yet_to_do(how):
     pair = Pair(table.row("adamax"))
     for n in range(4):
         pair.step(kinds(n))
-    assert pair.optimizers[0]._history[0].recorded == 4
+    assert pair.optimizers[0]._deferred[0].recorded == 4
     pair.optimizers = tuple(map(how, pair.optimizers))
     pair.step(kinds(4))
     pair.check()
@@ -182,7 +182,7 @@ def test_an_optimizer_is_copied_with_what_rows_have_yet_to_do(how):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_moving_in_the_middle(there):
-    """From the GPU to the CPU, and the other way, stamps and recorded steps and all."""
+    """From the GPU to the CPU, and the other way, last_step and recorded steps and all."""
     pair = Pair(table.row("ftml"))
     for n in range(4):
         pair.step(kinds(n))
@@ -211,7 +211,7 @@ def test_moving_in_the_middle(there):
 def test_what_is_warmed_up(driver, name, mode):
     """Whatever a trainer launches is among what `warmup` compiles."""
     from numba_opt.cuda import kernels as loops
-    from numba_opt.tools.warmup import _instances, cuda_kernels
+    from numba_opt.tools.wanted import cuda_kernels, variants
 
     row = table.row(name)
     call = table.make(row, [SHAPE] * 3)
@@ -232,10 +232,10 @@ def test_what_is_warmed_up(driver, name, mode):
     trainer.flush()
     driver.finish()
     used = {program.key for program in driver.covered}
-    made = cuda_kernels(_instances(optimizer), ["f4"], sparse=True)
+    made = cuda_kernels(variants(optimizer), ["f32"], sparse=True)
     ready = {getattr(loops, kernel)(*args).key for kernel, *args in made}
     assert used <= ready
-    exact = {"late", "record", "forget"}
+    exact = {"catch_up", "record", "forget"}
     assert {key[0] for key in used} & exact == (exact if mode == "exact" else set())
 
 
@@ -283,7 +283,7 @@ def test_a_trainer_catches_up(bad, tmp_path):
 
 
 @pytest.mark.parametrize("marks", [[-(10**12)] * 9, [10**12] * 9])
-def test_stamps_that_are_nonsense(marks):
+def test_last_step_that_are_nonsense(marks):
     """The host does not see them; kernels stay within the history."""
     pair = Pair(table.row("nag"))
     pair.step(block([1]))
@@ -295,25 +295,25 @@ def test_stamps_that_are_nonsense(marks):
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
-        (TypeError, "stamps of parameter 0 is a numpy.ndarray, which is not on a GPU", lambda s: s.array),
-        (TypeError, "stamps of parameter 0 are .*; expected an array of int64",
+        (TypeError, "last_step of parameter 0 is a numpy.ndarray, which is not on a GPU", lambda s: s.array),
+        (TypeError, "last_step of parameter 0 is .*; expected an array of int64",
          lambda s: arrays.on_gpu(s.array.astype("i4"))),
-        (ValueError, r"stamps of parameter 0 has shape \(3,\); expected \(9,\)",
+        (ValueError, r"last_step of parameter 0 has shape \(3,\); expected \(9,\)",
          lambda s: arrays.on_gpu(np.zeros(3, "i8"))),
-        (ValueError, "stamps of parameter 0 must be contiguous and writable",
+        (ValueError, "last_step of parameter 0 must be contiguous and writable",
          lambda s: arrays.DeviceArray(s.array, read_only=True)),
-        (ValueError, "stamps of parameter 0 is on CUDA device 1; expected device 0",
+        (ValueError, "last_step of parameter 0 is on CUDA device 1; expected device 0",
          lambda s: arrays.DeviceArray(s.array, 1)),
     ],
 )  # fmt: skip
-def test_bad_stamps(driver, error, message, change):
+def test_bad_last_step(driver, error, message, change):
     pair = Pair(table.row("nag"))
     pair.step(block([1]))
-    state, stamps = pair.states[0][0]
+    state, last_step = pair.states[0][0]
     driver.launches.clear()
     with pytest.raises(error, match=message):
-        pair.optimizers[0].update([0], pair.weights[0], [on_gpu(block([1]))], [(state, change(stamps))])
-    with pytest.raises(TypeError, match=r"expected \(state, stamps\)"):
+        pair.optimizers[0].update([0], pair.weights[0], [on_gpu(block([1]))], [(state, change(last_step))])
+    with pytest.raises(TypeError, match=r"expected \(state, last_step\)"):
         pair.optimizers[0].update([0], pair.weights[0], [on_gpu(block([1]))], [state])
     assert not driver.launches
-    assert pair.optimizers[0]._history[0].recorded == 1
+    assert pair.optimizers[0]._deferred[0].recorded == 1

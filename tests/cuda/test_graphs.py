@@ -40,7 +40,7 @@ def agree(gpu, cpu):
 
 def test_rows_that_catch_up(driver, monkeypatch):
     """More steps than a history has room for, with other rows and rates each time, and eager ones between."""
-    monkeypatch.setattr(numba_opt.cuda.history, "ROOM", 3)
+    monkeypatch.setattr(numba_opt.cuda.deferred, "ROOM", 3)
     gpu, cpu = twins(sparse_update="exact")
     theirs = block([1, 7, 7, 2])
     ours = given(theirs)
@@ -48,8 +48,8 @@ def test_rows_that_catch_up(driver, monkeypatch):
     cpu.step([theirs])
     with driver.capture(0) as graph:
         gpu.step([ours])
-    assert gpu.optimizer._history[0].recorded == gpu.optimizer.num_update == 1
-    assert [name for name in graph.names if name not in ("keys", "merge")] == ["late", "rows", "record"]
+    assert gpu.optimizer._deferred[0].recorded == gpu.optimizer.num_update == 1
+    assert [name for name in graph.names if name not in ("keys", "merge")] == ["catch_up", "rows", "record"]
     for n in range(9):
         ours.rows.array[:] = theirs.rows[:] = [n % 9, 3, n % 9, (2 * n + 1) % 9]
         for trainer in (gpu, cpu):
@@ -101,7 +101,7 @@ def test_histories_that_are_replaced(driver):
 
 def test_replays_that_nobody_announces(driver, monkeypatch):
     """A history is not written behind its end."""
-    monkeypatch.setattr(numba_opt.cuda.history, "ROOM", 3)
+    monkeypatch.setattr(numba_opt.cuda.deferred, "ROOM", 3)
     gpu, _ = twins(sparse_update="exact")
     grad = given(block([1, 7]))
     gpu.step([grad])
@@ -137,8 +137,8 @@ def test_sums_in_a_graph(driver, grads, last):
     with driver.capture(0) as graph:
         all_of_it(gpu, ours)
     assert not driver.launches
-    assert not {"set_hyper", "copy"} & {*graph.names}
-    assert gpu._sums is None
+    assert not {"set_coefficients", "copy"} & {*graph.names}
+    assert gpu._totals is None
     agree(gpu, cpu)
     for n in range(5):
         for trainer in (gpu, cpu):
@@ -186,7 +186,7 @@ def test_what_has_not_been_made_before(driver, grad):
     for _ in range(2):
         with driver.capture(0), pytest.raises(RuntimeError, match="make one before the capture"):
             gpu.accumulate([ours])
-        assert gpu._sums is None
+        assert gpu._totals is None
     gpu.accumulate([ours])
     gpu.step()
     cpu.step([grad])

@@ -52,13 +52,13 @@ def test_several_devices(seed):
                 grad.array[...] = own
             gpu.step(ours, batch_size=2)
             cpu.step(theirs, batch_size=2)
-            assert {buffer.told()[1] for buffer in buffers(gpu)} == {cpu.grad_norm}
+            assert {buffer.outputs()[1] for buffer in buffers(gpu)} == {cpu.grad_norm}
             agree(gpu, cpu)
 
 
 def buffers(trainer):
-    (binding,) = trainer._cuda_bindings()
-    return [part.hyper for part in binding.prepared.parts]
+    (bound,) = trainer._bound.values()
+    return [steps.buffer for steps in bound.executor.steps]
 
 
 @pytest.mark.parametrize("seed", range(3))

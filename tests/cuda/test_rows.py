@@ -405,7 +405,7 @@ def changed(**others):
     [
         (lambda: on_gpu(block(shape=(9, 5))), ValueError, r"has shape \(9, 5\); expected \(9, 6\)"),
         (lambda: block(), TypeError,
-         "gradient of parameter 0 is a numba_opt.cpu.sparse.RowSparse.*not on a GPU"),
+         "gradient of parameter 0 is a numba_opt.cpu.row_sparse.RowSparse.*not on a GPU"),
         (lambda: csr(), TypeError, "gradient of parameter 0 is a scipy.sparse.*not on a GPU"),
         (lambda: on_gpu(block(dtype="int32")), TypeError, "values of RowSparse are int32"),
         (lambda: RowSparse(arrays.on_gpu(np.zeros(2, "u4")), arrays.on_gpu(np.zeros((2, 6))), SHAPE),

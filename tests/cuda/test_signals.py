@@ -110,7 +110,7 @@ def test_a_trainers_step(form):
 
     def check(gpu, cpu):
         made = gpu.optimizer.num_update == 2
-        assert (gpu._sums is None) == (made or form != "accumulated")
+        assert (gpu._totals is None) == (made or form != "accumulated")
         if made:
             cpu.step(grads[2])
         for trainer, wrap in ((gpu, given), (cpu, lambda grad: grad[0])):
@@ -133,11 +133,11 @@ def test_accumulating(sparse):
     def make():
         gpu = numba_opt.Trainer(arrays.on_gpu(call.weights), table.build(row))
         gpu.accumulate(ours)
-        before = gpu._sums
+        before = gpu._totals
         return (lambda: gpu.accumulate(ours)), (gpu, before)
 
     def check(gpu, before):
-        made = gpu._sums is not before
+        made = gpu._totals is not before
         cpu = numba_opt.Trainer([w.copy() for w in call.weights], table.build(row))
         for _ in range(2 + made):
             cpu.accumulate(theirs)
@@ -190,7 +190,7 @@ def test_a_signal_between_launches(driver):
 
             def submitting(*args, left=left):
                 found = submit(driver, *args)
-                left[0] -= args[2] in ("copy", "set_hyper", "squares", "clip_norm", "dense")
+                left[0] -= args[2] in ("copy", "set_coefficients", "squares", "clip_norm", "dense")
                 if left[0] == -1:
                     left[0] = -2
                     signal.raise_signal(signal.SIGUSR1)

@@ -40,7 +40,7 @@ def add(trainers, grad, distinct=False):
     gpu, cpu = trainers
     gpu.accumulate([given(grad, distinct)])
     cpu.accumulate([grad])
-    ours, theirs = gpu._sums[0], cpu._sums[0]
+    ours, theirs = gpu._totals[0], cpu._totals[0]
     assert isinstance(ours, RowSparse) == isinstance(theirs, RowSparse)
     ours = ours.to_host() if isinstance(ours, RowSparse) else ours.array
     table.assert_bits(held(ours), held(theirs))
@@ -208,7 +208,7 @@ def test_sparse_sums_are_saved(dense, tmp_path):
     for trainer, other in zip(trainers, reversed(others), strict=True):
         trainer.save(tmp_path / "a.safetensors")
         other.load(tmp_path / "a.safetensors")
-    table.assert_bits(held(trainers[1]._sums[0]), held(others[1]._sums[0]))
+    table.assert_bits(held(trainers[1]._totals[0]), held(others[1]._totals[0]))
     for pair in (trainers, others):
         add(pair, block([8, 2]))
         step(pair, csr())

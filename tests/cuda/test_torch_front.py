@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401  bfloat16 needs it
 import pytest
 import torch
 
-import numba_opt.cuda.execution
+import numba_opt.cuda
 import numba_opt.torch as front
 from numba_opt.torch import tensors as torch_tensors
 
@@ -238,9 +238,9 @@ def test_one_launch_for_each_dtype_and_device(driver):
         launches.append(sorted(driver.launches))
         driver.launches.clear()
     assert launches == [
-        ["copy"] * 4 + ["dense"] * 4 + ["set_hyper"] * 2,
+        ["copy"] * 4 + ["dense"] * 4 + ["set_coefficients"] * 2,
         ["dense"] * 4,
-        ["dense"] * 4 + ["set_hyper"] * 2,
+        ["dense"] * 4 + ["set_coefficients"] * 2,
     ]
     agree(one, two)
 
@@ -355,12 +355,12 @@ def test_what_cannot_be_captured(driver):
 def test_what_is_warmed_up(driver):
     """Whatever the front launches is among what `warmup` compiles for the optimizer that it belongs to."""
     from numba_opt.cuda import kernels as loops
-    from numba_opt.tools.warmup import _instances, cuda_kernels
+    from numba_opt.tools.wanted import cuda_kernels, variants
 
     classes = [*TORCH, (front.GroupAdaGrad, {"formula": "mxnet"}), (front.FTML, {"formula": "mxnet"})]
     ready = {
         getattr(loops, kernel)(*args).key
-        for kernel, *args in cuda_kernels(_instances([cls.own for cls, _ in classes]), ["f4"], sparse=True)
+        for kernel, *args in cuda_kernels(variants([cls.own for cls, _ in classes]), ["f32"], sparse=True)
     }
     for cls, options in classes:
         gpu, cpu = parameters([(9, 6), (4, 3)])

@@ -9,7 +9,7 @@ import pytest
 
 import numba_opt
 from numba_opt.cuda import arrays as cuda_arrays
-from numba_opt.cuda import execution as cuda_execution
+from numba_opt.cuda import call as cuda_call
 
 from .. import table
 from ..ptx import arrays
@@ -201,7 +201,7 @@ def test_a_captured_step(driver, options):
     agree(gpu, cpu, 1e-6)
     assert gpu.optimizer.num_update == 1
     assert graph.names[-1] == "dense"
-    assert not {"set_hyper", "copy"} & {*graph.names}
+    assert not {"set_coefficients", "copy"} & {*graph.names}
     for lr in (0.1, 0.1, 0.03):
         for trainer in (gpu, cpu):
             trainer.set_learning_rate(lr)
@@ -256,11 +256,11 @@ def test_accumulate(row, dtype):
                 trainer.step(grads, batch_size=3) if last else trainer.accumulate(grads)
             table.assert_bits(arrays.on_cpu(ours), theirs)
             if not last:
-                table.assert_bits(arrays.on_cpu(gpu._sums), cpu._sums)
+                table.assert_bits(arrays.on_cpu(gpu._totals), cpu._totals)
         if not n % 2:
             for trainer in (gpu, cpu):
                 trainer.step(batch_size=3)
-        assert gpu._sums is cpu._sums is None
+        assert gpu._totals is cpu._totals is None
         assert gpu.optimizer.num_update == cpu.optimizer.num_update == n + 1
         if row.cls.per_row:
             agree(gpu, cpu, 1e-6)
@@ -283,8 +283,8 @@ def test_half_precision_adds_up(masters):
             theirs[1] = theirs[1].astype("float32") if masters and part == 1 else theirs[1]
             gpu.accumulate(arrays.on_gpu(theirs))
             cpu.accumulate(theirs)
-            assert {total.dtype for total in cpu._sums} == {np.dtype("f4" if masters else "f2")}
-            table.assert_bits(arrays.on_cpu(gpu._sums), cpu._sums)
+            assert {total.dtype for total in cpu._totals} == {np.dtype("f4" if masters else "f2")}
+            table.assert_bits(arrays.on_cpu(gpu._totals), cpu._totals)
         gpu.step()
         cpu.step()
         assert gpu.grad_norm == pytest.approx(cpu.grad_norm, rel=1e-12)
@@ -303,7 +303,13 @@ def test_what_accumulating_launches(driver):
         gpu.step()
         seen.append([*driver.launches])
     # the first gradients, the others, and the step
-    assert seen[0] == [*["copy", "set_hyper", "dense"] * 2, "dense", "copy", "set_hyper", "dense"]
+    assert seen[0] == [
+        *["copy", "set_coefficients", "dense"] * 2,
+        "dense",
+        "copy",
+        "set_coefficients",
+        "dense",
+    ]
     assert seen[1] == seen[2] == ["dense"] * 4
 
 
@@ -331,7 +337,7 @@ def test_sums_that_overflow(first):
             grad = np.array([number, 1], "f4")
             gpu.accumulate([arrays.on_gpu(grad)])
             cpu.accumulate([grad])
-            table.assert_bits(arrays.on_cpu(gpu._sums), cpu._sums)
+            table.assert_bits(arrays.on_cpu(gpu._totals), cpu._totals)
         gpu.step()
         cpu.step()
     agree(gpu, cpu)
@@ -363,7 +369,7 @@ def test_a_refused_step_keeps_what_was_accumulated():
     for batch_size in (-1, 1):
         with pytest.raises(ValueError, match="finite number"):
             trainer.step([grad], batch_size=batch_size)
-        assert trainer._sums[0].array.tolist() == [1, 1, 1]
+        assert trainer._totals[0].array.tolist() == [1, 1, 1]
     rates.clear()
     trainer.step([grad])
     assert weight.array.tolist() == [-2, -2, -2]
@@ -389,15 +395,15 @@ def test_gradients_that_cannot_be_added(driver, error, message, change):
     gpu, _, ours, _ = twins(row, table.make(row, SHAPES))
     bad = [ours[0], change(ours[1]), ours[2]]
     for _ in range(2):  # without anything accumulated, and with
-        before = [total.array.copy() for total in gpu._sums or ()]
+        before = [total.array.copy() for total in gpu._totals or ()]
         driver.launches.clear()
         for call in (gpu.accumulate, gpu.step):
             if call == gpu.accumulate or before:
                 with pytest.raises(error, match=message):
                     call(bad)
         assert not driver.launches
-        assert len(gpu._sums or ()) == len(before)
-        table.assert_bits(arrays.on_cpu(gpu._sums or []), before)
+        assert len(gpu._totals or ()) == len(before)
+        table.assert_bits(arrays.on_cpu(gpu._totals or []), before)
         gpu.accumulate(ours)
 
 
@@ -480,7 +486,7 @@ def test_two_devices():
 
 
 def test_streams(driver):
-    import numba_opt.cuda.execution
+    import numba_opt.cuda
 
     row = table.row("nag")
     gpu, _, ours, _ = twins(row, table.make(row, [3]))
@@ -490,7 +496,7 @@ def test_streams(driver):
     with numba_opt.cuda.on(stream):
         gpu.step(ours)
     gpu.step(ours)
-    assert driver.launches == ["copy", "set_hyper", "dense", "dense"]
+    assert driver.launches == ["copy", "set_coefficients", "dense", "dense"]
     assert driver.streams_used == [stream] * 3 + [0]
     assert driver.waits == [(0, stream)]
     with (
@@ -546,8 +552,8 @@ def test_fresh_tensors_of_torch(driver, monkeypatch):
     row = table.row("nag")
     call = table.make(row, [3, 40])
     looks = []
-    look = cuda_execution.look
-    monkeypatch.setattr(cuda_execution, "look", lambda *args: looks.append(1) or look(*args))
+    look = cuda_call.look
+    monkeypatch.setattr(cuda_call, "look", lambda *args: looks.append(1) or look(*args))
     gpu = numba_opt.Trainer([Tensor(w) for w in call.weights], table.build(row))
     cpu = numba_opt.Trainer(call.weights, table.build(row))
     kept = []  # so that each one is elsewhere

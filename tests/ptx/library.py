@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from numba_opt.core.rules import Rule
 from perf import ptx
 
 from .translating import Program
@@ -26,10 +27,14 @@ from .translating import Program
 FOLDER = Path(__file__).parents[2] / ".pytest_cache" / "d" / "ptx"
 KEPT = 4  # states of the sources whose kernels are kept
 # What is compiled for a GPU has nothing of these; an edit of them compiles none of it anew.
+HOST = (
+    *("arrays", "call", "deferred", "device_steps", "driver"),
+    *("executor", "memory", "sums", "tables", "touched"),
+)
 FOR_THE_HOST = {
     *("cpu", "torch"),
     *(f"compiler/{name}.py" for name in ("cache", "fingerprint", "interrupts", "private")),
-    *(f"cuda/{name}.py" for name in ("arrays", "driver", "execution", "history", "memory", "sparse", "sums")),
+    *(f"cuda/{name}.py" for name in HOST),
 }
 THIS_PROCESS = secrets.token_hex(8)  # alone uses kernels whose rules reach what no fingerprint tells
 
@@ -52,7 +57,7 @@ def _program(key: Any, capability: tuple[int, int], kernel: Any) -> Program:
 
 def title(kernel: Any) -> str:
     """A kernel's name and what it is made for, in words."""
-    return " ".join(getattr(part, "__name__", None) or str(part) for part in kernel.key)
+    return " ".join(part.function.__name__ if isinstance(part, Rule) else str(part) for part in kernel.key)
 
 
 def text(kernel: Any, capability: tuple[int, int] = (9, 0)) -> str:
@@ -97,8 +102,8 @@ def _from_disk(kernel: Any, capability: tuple[int, int]) -> Program:
 def _path(kernel: Any, capability: tuple[int, int]) -> Path:
     from numba_opt.compiler.fingerprint import look
 
-    rules = [look(part) for part in kernel.key if callable(part)]
-    others = [part for part in kernel.key if not callable(part)]
+    rules = [look(part.function) for part in kernel.key if isinstance(part, Rule)]
+    others = [part[1:] if isinstance(part, Rule) else part for part in kernel.key]
     alone = "" if all(rule.told for rule in rules) else THIS_PROCESS
     name = _digest(repr((others, [rule.digest for rule in rules], capability, alone)).encode())
     return _folder() / f"{kernel.key[0]}-{capability[0]}{capability[1]}-{name}.ptx"

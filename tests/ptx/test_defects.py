@@ -179,7 +179,7 @@ DEFECTS = [
     Defect("a block's barrier is missing", "squares", norms, BARRIER, ""),
     Defect("a block's barrier is missing in a sort", "keys", keys, BARRIER, ""),
     Defect("no warp's barrier before a row's state is written", "dense", grouped, WARP_BARRIER, ""),
-    Defect("a warp's barrier is missing between two steps", "late", exact, WARP_BARRIER, ""),
+    Defect("a warp's barrier is missing between two steps", "catch_up", exact, WARP_BARRIER, ""),
     Defect("a thread passes a barrier by", "squares", norms, BARRIER, lambda m: skipped(m[0])),
     Defect("a thread leaves its warp", "dense", grouped, r"shfl\.sync", lambda m: skipped(m[0])),
     Defect("a shuffle's mask", "dense", grouped, r"(shfl\.sync\.bfly\.b32\s+%\w+, %\w+, )\d+", r"\g<1>16"),
@@ -300,7 +300,7 @@ DEFECTS = [
     Defect("a count of steps", "record", exact, r"(add\.s64\s+%\w+, %\w+, )1;", r"\g<1>2;"),
     Defect(
         "hyper-parameters of another tensor",
-        "set_hyper",
+        "set_coefficients",
         norms,
         r"(st\.global\.\w+\s+\[%\w+\+)8\]",
         r"\g<1>16]",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import numba_opt
-import numba_opt.cuda.execution
+import numba_opt.cuda
 
 from .. import table
 from ..scripts import environment
@@ -155,7 +155,7 @@ def test_what_the_driver_refuses(driver):
         gpu.capturing(0x77)
     with pytest.raises(module.DriverError, match="invalid argument"):
         module.device_of(np.zeros(3).ctypes.data)
-    kernel = cuda_arrays.loops().set_hyper()
+    kernel = cuda_arrays.loops().set_coefficients()
     launch = module.Launch(gpu, kernel, 1, 1, (gpu.memory(8 * 60).address, 16, 0), np.zeros(16))
     with pytest.raises(module.DriverError, match="cuLaunchKernel: 201"), other.current():
         launch(0)
@@ -163,7 +163,7 @@ def test_what_the_driver_refuses(driver):
         gpu.memory(8)
     with driver.capture(0) as graph, gpu.current():
         launch(0)
-    assert graph.names == ["set_hyper"]
+    assert graph.names == ["set_coefficients"]
     assert driver.launches == []
 
 
@@ -174,7 +174,7 @@ def test_a_graph_has_its_arguments_for_itself(driver):
     gpu, loops = cuda_arrays.kernels().driver.device(0), cuda_arrays.loops()
     memory, numbers = gpu.memory(8 * 60), np.full(16, 5.0)
     launch = cuda_arrays.kernels().driver.Launch(
-        gpu, loops.set_hyper(), 1, 1, (memory.address, 16, 0), numbers
+        gpu, loops.set_coefficients(), 1, 1, (memory.address, 16, 0), numbers
     )
     with driver.capture(0) as graph, gpu.current():
         launch(0)

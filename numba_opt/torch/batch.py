@@ -1,4 +1,4 @@
-"""`Binding`: an optimizer's parameters as tables that are kept from step to step.
+"""Batches: parameters of a torch optimizer whose tables are kept from step to step.
 
 A step asks every tensor anew where it lies and how, which takes a tenth of a microsecond for each. Where no
 more than addresses have changed, as those of gradients do, the tables are brought up to date; whatever else
@@ -18,10 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import device
 from ..compiler import interrupts
+from ..core.call import Call, tables
+from ..core.executor import Executor
 from ..core.rules import Rule
-from ..cpu import execution, ndarray, threads
+from ..core.step_rows import Row, StepRows
+from ..cpu import ndarray, threads
+from ..cpu.executor import CpuExecutor
 from . import counters, dlpack
 from .tensors import (
     check_gradient,
@@ -33,9 +36,9 @@ from .tensors import (
     local,
     look,
     nbytes,
-    parts_of,
     placements,
-    survey,
+    scan_of,
+    touched_rows,
     unseen,
     write_back,
 )
@@ -43,7 +46,7 @@ from .tensors import (
 COUNTER = 4  # bytes of a number of updates
 
 
-class Kind(NamedTuple):
+class BatchKey(NamedTuple):
     """What parameters must have in common to be updated together."""
 
     rule: Rule
@@ -54,8 +57,8 @@ class Kind(NamedTuple):
 class Formula(NamedTuple):
     """What a parameter group's options ask for."""
 
-    kind: Kind
-    row: Callable[[float, int], tuple[float, ...]]  # hyper-parameters, from learning rate and update
+    key: BatchKey
+    row: Callable[[float, int], Row]  # coefficients, from learning rate and update
 
 
 class Member(NamedTuple):
@@ -69,7 +72,7 @@ class Member(NamedTuple):
     state: dict[str, Any]
 
 
-class Binding:
+class BoundBatches:
     """Those of an optimizer's parameters that have gradients, as batches.
 
     It holds every tensor whose address it holds, except gradients between steps.
@@ -78,18 +81,18 @@ class Binding:
     def __init__(
         self,
         params: Sequence[Tensor],
-        kinds: Sequence[Kind],
+        keys: Sequence[BatchKey],
         state: Mapping[Any, Any],
         batches: Sequence[Batch],
     ) -> None:
-        self.params, self.kinds, self.batches = params, kinds, batches
-        self.keys, self.states = list(state), list(state.values())
+        self.params, self.keys, self.batches = params, keys, batches
+        self.owners, self.states = list(state), list(state.values())
 
     def refresh(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Any],
-        kinds: Sequence[Kind],
+        keys: Sequence[BatchKey],
         state: Mapping[Any, Any],
     ) -> bool:
         """Bring all tables to where everything is now; False if anything needs a closer look.
@@ -98,8 +101,8 @@ class Binding:
         """
         return (
             _same(params, self.params)
-            and kinds == self.kinds
-            and _same(state, self.keys)
+            and keys == self.keys
+            and _same(state, self.owners)
             and _same(state.values(), self.states)
             and all(batch.refresh(grads) for batch in self.batches)
         )
@@ -116,7 +119,7 @@ class Binding:
             for batch in self.batches:
                 torch.autograd.graph.increment_version(batch.params)
             compiled = all(batch.compiled for batch in self.batches)
-            with contextlib.nullcontext() if compiled else interrupts.deferred():
+            with contextlib.nullcontext() if compiled else interrupts.defer_signals():
                 threads.run(jobs, after)
         finally:
             for batch in self.batches:
@@ -131,18 +134,23 @@ class Batch:
 
     compiled: ClassVar[bool] = True  # whether nothing of a step's calls is written in Python
 
-    def __init__(self, kind: Kind, members: Sequence[Member], turn: int) -> None:
-        self.kind, self.turn = kind, turn
+    def __init__(self, key: BatchKey, members: Sequence[Member], turn: int) -> None:
+        self.key, self.turn = key, turn
         self.params = [member.param for member in members]
         self.labels = [member.label for member in members]
         self.positions = [member.position for member in members]
         self.groups = [member.group for member in members]
         self.different = list(dict.fromkeys(self.groups))
-        self.which = np.array([self.different.index(group) for group in self.groups])
+        self.row_of = [self.different.index(group) for group in self.groups]
         self.dicts = [member.state for member in members]
-        self.names = (*kind.states, "step") if kind.counted else kind.states
+        self.names = (*key.states, "step") if key.counted else key.states
         self.states = [[state[name] for state in self.dicts] for name in self.names]
+        self.executor = self._executor()
         self._bind([member.grad for member in members])
+
+    def _executor(self) -> Executor:
+        """What makes the steps."""
+        return CpuExecutor(self.key.rule)
 
     # ---------------------------------------------------------------- what the tables are made of
 
@@ -153,16 +161,16 @@ class Batch:
 
     def _bind(self, grads: Sequence[Any]) -> None:
         """Check states, memory and sparse gradients, and make the tables."""
-        rule, n_column = self.kind.rule, 2 + len(self.kind.states)
+        rule, n_column = self.key.rule, 2 + len(self.key.states)
         self.wrapped = any(local(param) is not param for param in self.params)
         columns = self._columns(grads)
         grads, weights = columns[:2]
         self.types = list(map(type, grads))
         self.sparse = [t for t, grad in enumerate(grads) if grad.layout != torch.strided]
         self._check(columns)
-        self._take_parts(grads)
+        self._read_touched(grads)
         self.orders = [
-            in_order(weight, by_row=rule.per_row or t in self.parts) for t, weight in enumerate(weights)
+            in_order(weight, by_row=rule.per_row or t in self.touched) for t, weight in enumerate(weights)
         ]
         self.odd: list[int] = []  # positions of gradients that lie otherwise than their weights
         columns[0] = self._dense(grads)
@@ -175,11 +183,10 @@ class Batch:
             for given, array in zip(column, arrays, strict=True)
             if array is not given
         ]
-        self.found = survey(work)
+        self.scan = scan_of(work)
         if self.replaced or self._overlapping():
-            check_memory(columns[:n_column], self._what()[:n_column], self.labels, self._apart())
-        self.tables = device.tables(self.found, rule.n_state)
-        self._prepare()
+            check_memory(columns[:n_column], self._what()[:n_column], self.labels, self._touched_arrays())
+        self.executor.hold([self._call()])
         sizes = [[1 if x is None else x.element_size() for x in column] for column in work]
         self.item_sizes = np.array(sizes, np.uint64).T
         self.counters = np.array([x.data_ptr() for c in columns[n_column:] for x in c], np.uint64)
@@ -187,7 +194,7 @@ class Batch:
         shown = [*work, *columns[n_column:]]  # the columns, but for what is worked on in copies
         self.ids = ndarray.objects(shown)
         self.seen = unseen(self.ids, max(weight.ndim for weight in weights))
-        if look(shown, self.ids, self.seen) == ndarray.STRANGE or not self._as_seen(work):
+        if look(shown, self.ids, self.seen) == ndarray.UNSUPPORTED or not self._as_seen(work):
             raise TypeError(
                 f"tensors of {', '.join(self.labels[:5])} do not lie where their classes say; "
                 "expected ordinary tensors"
@@ -195,12 +202,12 @@ class Batch:
 
     def _as_seen(self, work: Sequence[Sequence[Any]]) -> bool:
         """Whether the tables say what has been seen of the tensors, and no more."""
-        found, n_column = self.found, self.found.bytes.shape[1]
+        scan, n_column = self.scan, self.scan.n_array
         at, room = self.seen[..., dlpack.ADDRESS].T.astype(np.uint64), self.seen[..., dlpack.ROOM].T
-        wrong = (at[:, :n_column] != found.addresses[:, :n_column]) | (room[:, :n_column] < found.bytes)
-        sized = [list(map(nbytes, column)) for column in work] == found.bytes.T.tolist()
+        wrong = (at[:, :n_column] != scan.addresses[:, :n_column]) | (room[:, :n_column] < scan.bytes)
+        sized = [list(map(nbytes, column)) for column in work] == scan.bytes.T.tolist()
         counted = at[:, n_column:].T.ravel().tolist() == self.counters.tolist()
-        full = found.bytes > 0
+        full = scan.bytes > 0
         return sized and counted and not (wrong & full).any() and bool((room[:, n_column:] >= COUNTER).all())
 
     def _what(self) -> list[str]:
@@ -209,12 +216,12 @@ class Batch:
 
     def _check(self, columns: Sequence[Sequence[Any]]) -> None:
         """Refuse states that do not fit, and whatever lies outside its storage."""
-        weights, states = columns[1], range(2, 2 + len(self.kind.states))
+        weights, states = columns[1], range(2, 2 + len(self.key.states))
         for c, (name, column) in enumerate(zip(self._what(), columns, strict=True)):
             for label, weight, tensor in zip(self.labels, weights, column, strict=True):
                 what = f"{name} of {label}"
                 if c in states:
-                    shape = (weight.shape[0], 1) if self.kind.rule.per_row else tuple(weight.shape)
+                    shape = (weight.shape[0], 1) if self.key.rule.per_row else tuple(weight.shape)
                     check_state(tensor, weight, shape, what)
                 if c > 0 or not tensor._is_zerotensor():  # a gradient of zeros may be without memory
                     check_storage(tensor, what)
@@ -228,26 +235,24 @@ class Batch:
             found[t] = laid_out(found[t], self.orders[t])
         return found
 
-    def _take_parts(self, grads: Sequence[Any]) -> None:
+    def _read_touched(self, grads: Sequence[Any]) -> None:
         """Look at the sparse gradients."""
-        self.parts: dict[int, Any] = {
-            t: parts_of(grads[t], f"gradient of {self.labels[t]}") for t in self.sparse
+        self.touched: dict[int, Any] = {
+            t: touched_rows(grads[t], f"gradient of {self.labels[t]}") for t in self.sparse
         }
 
-    def _apart(self) -> dict[int, list[np.ndarray]]:
-        """The arrays of sparse gradients."""
-        return {t: part.arrays() for t, part in self.parts.items()}
+    def _touched_arrays(self) -> list[tuple[int, np.ndarray]]:
+        """The arrays of sparse gradients, with their positions."""
+        return [(t, array) for t, rows in self.touched.items() for array in rows.arrays()]
 
     def _overlapping(self) -> bool:
         """Whether a tensor that is written shares memory with another one."""
-        return ndarray.overlapping(
-            self.found, [array for arrays in self._apart().values() for array in arrays]
-        )
+        return ndarray.overlapping(self.scan, [array for _, array in self._touched_arrays()])
 
-    def _prepare(self) -> None:
-        """Have kernels for the tables."""
-        self.launches = execution.launches(self.kind.rule, self.tables)
-        self.numbered: Any = None  # by which rows of hyper-parameters the tables' tensors are numbered
+    def _call(self) -> Any:
+        """The tensors as a call."""
+        rule = self.key.rule
+        return Call(rule, self.scan, tables(self.scan, rule.n_state), touched=self.touched)
 
     # ---------------------------------------------------------------- from step to step
 
@@ -279,7 +284,7 @@ class Batch:
         answer = look(columns, self.ids, self.seen)
         self.held = columns
         if self.sparse:
-            self._take_parts(grads)
+            self._read_touched(grads)
         if answer == ndarray.SAME and not self.sparse:
             return True
         return answer <= ndarray.MOVED and self._move()
@@ -296,70 +301,57 @@ class Batch:
 
     def _move(self) -> bool:
         """Bring the tables to where the tensors have moved; False if they may not lie there."""
-        found = self.found
-        n_column = found.bytes.shape[1]
+        scan, n_column = self.scan, self.scan.n_array
         now, room = self.seen[..., dlpack.ADDRESS].T.astype(np.uint64), self.seen[..., dlpack.ROOM].T
         now, counters = now[:, :n_column], now[:, n_column:]
         if not counters.all() or (room[:, n_column:] < COUNTER).any():
             return False
-        full = found.bytes > 0
-        lost = (now == 0) | (now % self.item_sizes != 0) | (room[:, :n_column] < found.bytes)
+        full = scan.bytes > 0
+        lost = (now == 0) | (now % self.item_sizes != 0) | (room[:, :n_column] < scan.bytes)
         if (full & lost).any():
             return False
         self.counters = counters.T.ravel()
-        found.addresses[:, :n_column] = now
+        scan.addresses[:, :n_column] = now
         if self._overlapping():
             return False
-        if len(self.tables) > 1 or self.sparse:  # else its addresses are those of `found`
-            for table in self.tables:
-                table.addresses[:, :n_column] = now[table.members]
+        if self.sparse:
+            self.executor.hold([self._call()])
+        else:
+            self.executor.move()
         return True
 
     def calls(
         self, formulas: Sequence[Formula], rates: Sequence[float]
     ) -> tuple[list[threads.Job], list[partial[Any]]]:
         """The kernel calls of a step, and what comes after them."""
-        hyper, which = self._hyper(formulas, rates)
-        return self._jobs(hyper, which), self._after()
-
-    def _jobs(self, hyper: list[tuple[float, ...]], which: np.ndarray) -> list[threads.Job]:
-        if self.sparse:
-            bound = device.Bound(self.tables, self.found, (), [])
-            return execution.all_jobs(self.kind.rule, execution.Work(bound, self.parts, {}, {}), hyper, which)
-        if which is not self.numbered:
-            execution.number(self.tables, which)
-            self.numbered = which
-        return execution.dense_jobs(self.launches, hyper)
+        assert isinstance(self.executor, CpuExecutor)
+        return self.executor.jobs(self._rows(formulas, rates)), self._after()
 
     def _after(self) -> list[partial[Any]]:
         """Copies are written back, and the update is counted."""
-        counted = [partial(counters.compiled_count_up(), self.counters)] if self.kind.counted else []
+        counted = [partial(counters.compiled_count_up(), self.counters)] if self.key.counted else []
         return [*self.replaced, *counted]
 
     def let_go(self) -> None:
         """Forget the gradients."""
-        self.held, self.parts = (), {}
+        self.held, self.touched = (), {}
 
-    def _hyper(
-        self, formulas: Sequence[Formula], rates: Sequence[float]
-    ) -> tuple[list[tuple[float, ...]], np.ndarray]:
-        """The rows of hyper-parameters that differ, and each parameter's row."""
+    def _rows(self, formulas: Sequence[Formula], rates: Sequence[float]) -> StepRows:
+        """The coefficients of a step."""
         counts = np.zeros(len(self.params))
-        alike = not self.kind.counted or counters.read(self.counters, counts)
+        alike = not self.key.counted or counters.read(self.counters, counts)
         for t in range(1 if alike else len(counts)):
             if not 0 <= counts[t] < math.inf:
                 raise ValueError(
                     f"state 'step' of {self.labels[t]} must be a finite number >= 0, got {counts[t]:g}"
                 )
+
+        def row(group: int, count: float) -> Row:
+            return formulas[group].row(rates[group], int(count) + 1 + self.turn)
+
         if alike:  # the usual case, and quick
-            keys, which = [(group, counts[0]) for group in self.different], self.which
-        else:
-            rows: dict[tuple[int, float], int] = {}
-            pairs = zip(self.groups, counts.tolist(), strict=True)
-            which = np.array([rows.setdefault(pair, len(rows)) for pair in pairs])
-            keys = list(rows)
-        first = 1 + self.turn
-        return [formulas[g].row(rates[g], int(count) + first) for g, count in keys], which
+            return StepRows([row(group, counts[0]) for group in self.different], self.row_of)
+        return StepRows.of(zip(self.groups, counts.tolist(), strict=True), row)
 
 
 def _same(some: Any, others: Any) -> bool:
