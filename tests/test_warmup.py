@@ -113,7 +113,7 @@ def train(optimizer, dtype, grads=None):
     large = rng.standard_normal((4096, 64)).astype(dtype)
     state = optimizer.create_state_multi_precision("large", large)
     optimizer.update_multi_precision(["large"], [large], [large / 2], [state])
-    return float(np.abs(weight.astype("f64")).sum())
+    return float(np.abs(weight.astype("f8")).sum())
 
 numbers = []
 for cls, options in (
