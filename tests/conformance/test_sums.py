@@ -140,8 +140,9 @@ def test_a_trainer_whose_first_step_was_refused_is_saved(backend, request):
     trainer = numba_opt.Trainer([backend.put(np.zeros(3, "f4"))], "nag")
     grad = backend.put(np.ones(3, "f4"))
     trainer.accumulate([grad])
+    trainer.optimizer.lr_scheduler = lambda n: -1.0
     with pytest.raises(ValueError, match="finite number"):
-        trainer.step([grad], batch_size=-1)
+        trainer.step([grad])
     assert trainer.skipped_steps == 0
     assert trainer.state_dict()["accumulated"]["0"].tolist() == [1, 1, 1]
 

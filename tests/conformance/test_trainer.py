@@ -132,7 +132,7 @@ def test_arrays_of_the_other_side(device):
     with pytest.raises(TypeError, match="not on a GPU; expected a CUDA array, as the weight"):
         optimizer.update([0], [there], [here], [None])
     with pytest.raises(
-        TypeError, match="gradient of parameter 0 is on a GPU.*; expected an array on the CPU, as the weight"
+        TypeError, match=r"gradient of parameter 0 is on a GPU.*; expected an array on the CPU, as the weight"
     ):
         optimizer.update([0], [here], [there], [None])
     with pytest.raises(ValueError, match="params are on the CPU and on GPUs"):
