@@ -305,7 +305,7 @@ def on_gpu(library: type[Gpu]) -> Gpu:
 
 @cache
 def how_many() -> int | str:
-    """GPUs of this machine, or why there are none."""
+    """How many GPUs there are, or why there are none."""
     if find_spec("numba_cuda") is None:
         return "needs the package numba-cuda: pip install 'numba_opt[cuda]'"
     from numba import cuda
@@ -313,4 +313,4 @@ def how_many() -> int | str:
     try:
         return len(cuda.gpus) or "the driver knows of no GPU"
     except Exception as error:  # whatever the bindings raise where there is no driver
-        return f"no GPU: {type(error).__name__}"
+        return f"there is no NVIDIA driver that starts ({type(error).__name__})"

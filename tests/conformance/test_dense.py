@@ -73,15 +73,16 @@ def test_values_that_are_no_numbers(backend):
         conform_dense(backend, row, call)
 
 
-@table.each_elementwise
+@table.each
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 def test_weights_that_begin_anywhere(backend, row, offset):
     """16-byte accesses only where all arrays allow them: a device refuses others."""
-    call = table.make(row, [37 + offset] * 2)
-    begun = call._replace(weights=[w[offset:] for w in call.weights], grads=[g[:37] for g in call.grads])
-    cut = lambda state: tuple(s[:37] for s in state) if isinstance(state, tuple) else state[:37]  # noqa: E731
-    states = [state if state is None else cut(state) for state in call.states]
-    conform_dense(backend, row, begun._replace(states=states))
+    call = table.make(row, [(4, 9), 37])
+    memory = [np.zeros(w.size + offset, w.dtype) for w in call.weights]
+    begun = [m[offset:].reshape(w.shape) for m, w in zip(memory, call.weights, strict=True)]
+    for part, weight in zip(begun, call.weights, strict=True):
+        part[...] = weight
+    conform_dense(backend, row, call._replace(weights=begun))
 
 
 def test_rows_of_hyper_parameters(backend):

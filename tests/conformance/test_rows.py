@@ -208,7 +208,7 @@ def leading_outside(device, form):
     given, good = block([2, 1, 5, 3]), block([2, 5])
     good.values[...] = given.values[[0, 2]]
     ours = device.sparse(given, form == "distinct")
-    device.write(ours.rows, np.array([2, 40, 5, -3]))
+    device.write(ours.rows, np.array([2, 2**40, 5, -3]))
     return ours, good
 
 
