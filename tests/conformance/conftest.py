@@ -23,3 +23,9 @@ def device(request):
 def gpu(request):
     """A real GPU, for each library."""
     yield from backends.opened(request)
+
+
+def pytest_runtest_setup(item):
+    """Where there is no GPU, its tests are skipped, all of them here, so that this is told once."""
+    if item.get_closest_marker("gpu") and isinstance(reason := backends.how_many(), str):
+        pytest.skip(reason)

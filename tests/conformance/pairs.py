@@ -21,14 +21,13 @@ class Pair:
         self.ours = table.build(row, **options)
         self.theirs = table.build(row, **backend.reference, **options)
         call = call or table.make(row, shapes, dtype)
-        backend.needs(*{array.dtype for array in [*call.weights, *call.grads]})
+        backend.needs(*{array.dtype for array in [*call.weights, *call.grads]}, options.get("state_dtype"))
         self.indices, self.expected = call.indices, call.weights
         self.weights = backend.put(call.weights)
         self.states = [
             [optimizer.create_state_multi_precision(t, w) for t, w in enumerate(weights)]
             for optimizer, weights in ((self.ours, self.weights), (self.theirs, self.expected))
         ]
-        backend.needs(*{array.dtype for array in table.leaves(self.states[1])} - {np.dtype(np.int64)})
         for t, numbers in enumerate(call.states):
             own, other = (self.rule_states(states[t]) for states in self.states)
             for array, there, content in zip(own, other, table.leaves(numbers), strict=True):
@@ -114,7 +113,7 @@ class Twins:
         self.backend, self.row = backend, row
         options = table.common(row) | options
         call = table.make(row, shapes, dtype)
-        backend.needs(*{array.dtype for array in call.weights})
+        backend.needs(*{array.dtype for array in call.weights}, options.get("state_dtype"))
         self.where, self.grads = where or [0] * len(call.weights), call.grads
         weights = [backend.put(w, n) for w, n in zip(call.weights, self.where, strict=True)]
         self.ours = numba_opt.Trainer(weights, table.build(row, **options), **trainer or {})

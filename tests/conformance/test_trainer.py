@@ -87,7 +87,6 @@ def test_chance_is_taken_over_from_a_file(backend, trainer):
     call = table.make(table.row("adamax"), SHAPES)
     chance = numba_opt.Trainer(call.weights, "adamax", stochastic_rounding=True, **kept)
     chance.step(call.grads)
-    backend.needs("bfloat16")
     twins = Twins(backend, table.row("adamax"), SHAPES, trainer=trainer, **kept)
     twins.step(*twins.grads)
     twins.each(lambda trainer: trainer.load_state_dict(chance.state_dict()))
