@@ -79,6 +79,9 @@ def formed(form, rng, shape, dtype="f4"):
     ends = matrix.indptr * times
     order = np.concatenate([np.tile(np.arange(a, b), times) for a, b in pairwise(matrix.indptr)])
     matrix.data, matrix.indices, matrix.indptr = matrix.data[order], matrix.indices[order], ends
+    # what lies behind the last entry is none
+    matrix.data = np.append(matrix.data, np.full(5, 1e6, dtype))
+    matrix.indices = np.append(matrix.indices, np.zeros(5, matrix.indices.dtype))
     return matrix
 
 
@@ -93,7 +96,10 @@ def whole(grad):
     """A gradient as an array."""
     if isinstance(grad, np.ndarray):
         return grad
-    return grad.to_dense() if isinstance(grad, RowSparse) else grad.toarray()
+    if isinstance(grad, RowSparse):
+        return grad.to_dense()
+    parts = grad.data[: grad.indptr[-1]], grad.indices[: grad.indptr[-1]], grad.indptr
+    return scipy.sparse.csr_array(parts, grad.shape).toarray()
 
 
 def norm_of(grads):

@@ -179,10 +179,10 @@ def skipped(twins, grads):
         twins.theirs.optimizer._update_count(list(range(len(grads))))
 
 
-@some
-def test_more_steps_than_a_device_keeps(gpu, name):
+@table.each
+def test_more_steps_than_a_device_keeps(gpu, row):
     rng = np.random.default_rng(6)
-    pair = exact(gpu, table.row(name), [(500, 33)])
+    pair = exact(gpu, row, [(500, 33)])
     for n in range(1100):
         rows = rng.integers(0, 500 if n % 100 else 20, 7)
         pair.step(dense((500, 33), seed=n) if n % 250 == 60 else block(rows, (500, 33), seed=n))
