@@ -418,7 +418,8 @@ def _check_stamps(stamps: Any, what: str, shape: tuple[int, ...]) -> None:
 def _share(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have an element in common; true also where finding out takes too long."""
     try:
-        return np.shares_memory(a, b, max_work=1_000_000)  # type: ignore[arg-type]
+        limit: Any = 1_000_000  # NumPy's own annotations have said different things of it
+        return np.shares_memory(a, b, max_work=limit)
     except np.exceptions.TooHardError:
         return True
 

@@ -155,7 +155,7 @@ WRONG = {
     ),
     "callable object": ({"rule": Callable()}, "must be a plain function, got a Callable"),
     "method": ({"rule": Callable().method}, "a method of Callable"),
-    "partial": ({"rule": functools.partial(plain)}, "must be a plain function, got a partial"),
+    "partial": ({"rule": staticmethod(functools.partial(plain))}, "must be a plain function, got a partial"),
     "compiled": ({"rule": njit(plain)}, "must be a plain function", "give the function that it was made of"),
     "builtin": ({"rule": max}, "must be a plain function"),
     "no function": ({"rule": 3}, "must be a plain function, got a int"),

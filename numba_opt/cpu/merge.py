@@ -121,7 +121,7 @@ def find_rows(indptr, available, width, rows, starts, found):
         starts[k] = start
         bad |= end < start
         full &= (end == start) | (end - start == width)
-        k += end > start
+        k += int(end > start)
         start = end
     starts[k] = start
     bad |= start > available

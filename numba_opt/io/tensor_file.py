@@ -117,7 +117,7 @@ def parse(content: bytes | bytearray) -> tuple[Arrays, dict[str, str]]:
 
 
 def _views(header: Header, block: memoryview) -> tuple[Arrays, dict[str, str]]:
-    arrays = {
+    arrays: Arrays = {
         name: np.ndarray(shape, dtype, block, offset)
         for name, (dtype, shape, offset) in header.arrays.items()
     }

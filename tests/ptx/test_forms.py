@@ -176,7 +176,7 @@ def whole(op, mods, kind, values, bits):
         "and": lambda: a & b,
         "or": lambda: a | b,
         "xor": lambda: a ^ b,
-        "not": lambda: ~a,
+        "not": lambda: -1 - a,  # of a bool, too
         "shl": lambda: a << b if b < width else 0,
         "shr": lambda: a >> min(b, width),
     }[op]()
