@@ -12,7 +12,8 @@ test: $(VENV)/test.stamp lint types
 
 # For use while working: the heart of the suite, within two minutes on two processors.
 check: $(VENV)/test.stamp lint types
-	$(PYTEST) -m "not large and not elsewhere" $(addprefix tests/test_,$(addsuffix .py,table golden bad_input kernels machine_code))
+	$(PYTEST) -m "not large and not elsewhere and not gpu" tests/conformance/test_dense.py \
+		$(addprefix tests/test_,$(addsuffix .py,table golden bad_input kernels machine_code))
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check .

@@ -29,6 +29,28 @@ compiled = []
 event.register("numba:compile", Listener())
 """
 
+# What many scripts do: train on large and small arrays, and tell the results' digests.
+TRAIN = """
+import hashlib, json, os, random, signal, sys, threading, time, warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import numpy as np
+import numba_opt
+from tests import table
+
+warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
+
+def digest(arrays):
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+def train(name, steps=3, shapes=((500, 900), (30, 20), 7)):
+    row = table.row(name)
+    call = table.make(row, shapes)
+    optimizer = table.build(row)
+    for _ in range(steps):
+        optimizer.update(*call)
+    return digest(table.outputs(call))
+"""
+
 
 def environment(root=ROOT, **env):
     """The environment of such a process, with some variables set."""

@@ -1,5 +1,9 @@
 """What a step costs, in counts that no other work on the machine can change, and a ratio that it hardly can.
 
+The ratio is that of a kernel's loop to a plain one, whose calls take turns. Other work makes calls slower and
+none faster, so the least of many is taken, and of more of them until there is nothing to complain of: only a
+kernel that is slow every time fails.
+
 Each check is then shown to fail: the last tests slow a step down on purpose.
 """
 
@@ -36,8 +40,9 @@ class Limits(NamedTuple):
 # others, so there is room for half more.
 STEP, UPDATE = Limits(1700, 40, 1), Limits(2050, 70, 55)
 ROOM = 64 << 10  # bytes that a step may take and give back, however large the tensors are
-LEAST, USUAL = 0.2, 1.0  # of a plain loop's speed: what is asked for, and what a quiet machine shows
-ROUNDS = 40
+LEAST = 0.5  # of a plain loop's speed; measured: 0.9 to 1.1, and 0.75 at least on a busy machine
+SMALL, LARGE = 1 << 13, 1 << 17  # elements; what both take is a call's own cost, and of no interest here
+ROUNDS, MOST = 40, 2000
 
 
 def stepped(row: Row, tensors: int, size: int = 256, fresh: bool = False) -> Callable[[], object]:
@@ -159,21 +164,32 @@ PLAIN: dict[str, tuple[Callable[..., None], tuple[float, ...]]] = {
 }
 
 
-def of_plain(row: Row, size: int, monkeypatch: pytest.MonkeyPatch) -> float:
-    """The speed of a Trainer's step on one thread beside the plain loop's: the best of many samples each."""
+def of_plain(row: Row, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The speed of a Trainer's step on one thread beside the plain loop's, for each further element."""
     monkeypatch.setattr(threads, "count", lambda: 1)
-    ours = stepped(row, 1, size)
+    calls = [made(row, size) for made in (stepped_alone, plain) for size in (SMALL, LARGE)]
+    best = [math.inf] * len(calls)
+    for n in range(MOST):
+        for k, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[k] = min(best[k], time.perf_counter() - start)
+        ours, floor = best[1] - best[0], best[3] - best[2]
+        if n >= ROUNDS and floor > LEAST * ours:
+            break
+    return floor / ours
+
+
+def stepped_alone(row: Row, size: int) -> Callable[[], object]:
+    return stepped(row, 1, size)
+
+
+def plain(row: Row, size: int) -> Callable[[], object]:
+    """The plain loop over arrays like a step's."""
     call, (loop, constants) = make(row, [size]), PLAIN[row.id]
     arrays = [call.weights[0], call.grads[0], *leaves(call.states[0])]
     numbers = list(map(np.float32, constants))
-    floor = warm(lambda: loop(*arrays, *numbers))
-    best = {ours: math.inf, floor: math.inf}
-    for _ in range(ROUNDS):
-        for call in best:
-            start = time.perf_counter()
-            call()
-            best[call] = min(best[call], time.perf_counter() - start)
-    return best[floor] / best[ours]
+    return warm(lambda: loop(*arrays, *numbers))
 
 
 # -------------------------------------------------------------------- checks
@@ -196,8 +212,8 @@ def check_memory(call: Callable[[], object]) -> None:
     assert kept < 1024
 
 
-def check_speed(row: Row, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert of_plain(row, size, monkeypatch) > LEAST
+def check_speed(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert of_plain(row, monkeypatch) > LEAST
 
 
 @each
@@ -230,10 +246,9 @@ def test_a_step_allocates_next_to_nothing(row, tensors, size):
     check_memory(updated(row, tensors, size))
 
 
-@pytest.mark.parametrize("size", [1 << 17, 1 << 21])
-@pytest.mark.parametrize("name", ["nag", "rmsprop", "ftml"])
-def test_a_step_is_not_far_from_a_plain_loop(name, size, monkeypatch):
-    check_speed(row(name), size, monkeypatch)
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_step_is_not_far_from_a_plain_loop(name, monkeypatch):
+    check_speed(row(name), monkeypatch)
 
 
 # -------------------------------------------------------------------- and that they would fail
@@ -278,16 +293,16 @@ def test_a_copy_of_the_gradients_would_be_noticed(tensors, size, monkeypatch):
         check_memory(stepped(row("nag"), tensors, size))
 
 
-@pytest.mark.parametrize("size", [1 << 17, 1 << 21])
-def test_a_slow_kernel_would_be_noticed(size, monkeypatch):
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_kernel_that_takes_four_passes_would_be_noticed(name, monkeypatch):
     run = threads.run
 
     def slow(jobs, *args):
         jobs = list(jobs)
-        for _ in range(int(4 * USUAL / LEAST)):
+        for _ in range(3):
             run(jobs)
         run(jobs, *args)
 
     monkeypatch.setattr(threads, "run", slow)
     with pytest.raises(AssertionError):
-        check_speed(row("nag"), size, monkeypatch)
+        check_speed(row(name), monkeypatch)

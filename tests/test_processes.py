@@ -1,11 +1,10 @@
-"""What the package does to the process that hosts it: imports, threads, forks, interrupts, a broken cache.
+"""What the package does to the process that hosts it: imports, interrupts, a broken cache, and all at once.
 
 Everything runs in processes of its own. Where nothing is said of the cache they use that of the tests.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import shutil
@@ -18,32 +17,9 @@ import pytest
 
 from numba_opt.cpu import measures
 
-from .scripts import COMPILED, result
+from .scripts import COMPILED, TRAIN, result
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and forks")
-
-
-# What most scripts do: train on large and small arrays, and tell the results' digests.
-TRAIN = """
-import hashlib, json, os, random, signal, sys, threading, time, warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-import numpy as np
-import numba_opt
-from tests import table
-
-warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
-
-def digest(arrays):
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-
-def train(name, steps=3, shapes=((500, 900), (30, 20), 7)):
-    row = table.row(name)
-    call = table.make(row, shapes)
-    optimizer = table.build(row)
-    for _ in range(steps):
-        optimizer.update(*call)
-    return digest(table.outputs(call))
-"""
 
 
 # ---------------------------------------------------------------- imports
@@ -89,152 +65,6 @@ names = ("torch", "cupy", "numba_cuda", "numba.cuda.cudadrv", "matplotlib", "sci
 print(json.dumps([name for name in names if name in sys.modules]))
 """
     assert result(script) == []
-
-
-# ---------------------------------------------------------------- threads
-
-LAYERS = (
-    TRAIN
-    + """
-import numba
-
-@numba.njit(parallel=True)
-def others(x):
-    total = 0.0
-    for i in numba.prange(x.size):
-        total += np.sqrt(x[i])
-    return total
-
-names = ["nag", "ftml", "adamax", "rmsprop", "groupadagrad", "rmsprop-centered"]
-expected = [train(name) for name in names]
-x = np.full(300_000, 4.0)
-assert others(x) == 600_000
-stop, sums = threading.Event(), []
-
-def run_others():
-    while not stop.is_set():
-        sums.append(others(x))
-
-barrier = threading.Barrier(6)
-
-def start(name):
-    barrier.wait()
-    return [train(name) for _ in range(4)]
-
-user = threading.Thread(target=run_others)
-user.start()
-with ThreadPoolExecutor(6) as pool:
-    found = list(pool.map(start, names))
-stop.set()
-user.join()
-assert found == [[one] * 4 for one in expected]
-assert sums and set(sums) == {600_000.0}
-print(json.dumps(numba.threading_layer()))
-"""
-)
-
-
-def _has_layer(name):
-    if name == "workqueue":
-        return True
-    try:
-        importlib.import_module(f"numba.np.ufunc.{name}pool")
-    except ImportError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
-def test_six_threads_beside_somebody_elses_parallel_kernel(layer):
-    if not _has_layer(layer):
-        pytest.skip(f"numba has no {layer} here")
-    assert result(LAYERS, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4) == layer
-
-
-def test_the_number_of_threads_is_respected_and_changes_no_bit():
-    script = (
-        TRAIN
-        + """
-found = train("ftml")
-helpers = sum(thread.name == "numba_opt" for thread in threading.enumerate())
-print(json.dumps([found, helpers]))
-"""
-    )
-    found = [result(script, NUMBA_NUM_THREADS=count) for count in (1, 2, 5)]
-    assert found == [[found[0][0], helpers] for helpers in (0, 1, 4)]
-
-
-# ---------------------------------------------------------------- forks
-
-
-@POSIX
-@pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
-def test_fork_after_use(layer):
-    """Also where the program has entered Numba's own threads before; in the child only we run."""
-    if not _has_layer(layer):
-        pytest.skip(f"numba has no {layer} here")
-    script = (
-        TRAIN
-        + """
-import numba
-
-@numba.njit(parallel=True)
-def others(x):
-    for i in numba.prange(x.size):
-        x[i] += 1
-
-others(np.zeros(100_000))
-expected = {name: train(name) for name in ("nag", "ftml")}
-statuses = []
-for _ in range(4):
-    child = os.fork()
-    if child == 0:
-        signal.alarm(250)  # rather than to wait for ever
-        os._exit(0 if {name: train(name) for name in expected} == expected else 1)
-    statuses.append(os.waitpid(child, 0)[1])
-    assert train("nag") == expected["nag"]
-print(json.dumps([numba.threading_layer(), statuses]))
-"""
-    )
-    found = result(script, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4)
-    assert found == [layer, [0] * 4]
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_multiprocessing(method, tmp_path):
-    import multiprocessing
-
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {method} here")
-    script = tmp_path / "program.py"
-    script.write_text(
-        TRAIN
-        + """
-import multiprocessing
-
-def send(queue, name):
-    queue.put((name, train(name)))
-
-def main():
-    expected = {name: train(name) for name in ("nag", "ftml")}
-    context = multiprocessing.get_context(sys.argv[1])
-    queue = context.Queue()
-    started = [context.Process(target=send, args=(queue, name)) for name in expected]
-    for one in started:
-        one.start()
-    found = dict(queue.get(timeout=250) for _ in started)
-    for one in started:
-        one.join(250)
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        pooled = dict(zip(expected, pool.map(train, expected)))
-    codes = [one.exitcode for one in started]
-    print(json.dumps([codes, found == expected, pooled == expected, train("nag") == expected["nag"]]))
-
-if __name__ == "__main__":
-    main()
-"""
-    )
-    assert result(script, method, NUMBA_NUM_THREADS=4) == [[0, 0], True, True, True]
 
 
 # ---------------------------------------------------------------- interrupts

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -22,11 +21,9 @@ from hypothesis import strategies as st
 
 import numba_opt
 from numba_opt import RowSparse, Trainer, lr_scheduler
-from numba_opt.compiler import cache
 from numba_opt.cpu import threads
 
 from . import table
-from .scripts import printed
 
 GOLDEN = Path(__file__).parent / "golden"
 HEIGHT, WIDTH = 12, 5
@@ -189,28 +186,21 @@ def check_lazy(row, weight, fused, rng, gradient="float32", **options):
     assert found.optimizer._index_update_count == expected.optimizer._index_update_count
 
 
-@each_fused
-@table.each_dtype
-@table.each
-def test_lazy_rows(row, dtype, fused):
-    rng = np.random.default_rng(1)
-    check_lazy(row, weight_of(rng, dtype), fused, rng, dtype)
+LAZY = [
+    *((row.id, dtype, False) for row in table.TABLE for dtype in ("float32", "float64")),
+    *((name, dtype, True) for name in ("nag", "ftml", "groupadagrad") for dtype in ("float16", "bfloat16")),
+    ("nag", "float16", False),
+]
 
 
 @each_fused
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
-def test_lazy_rows_with_master_weights(name, dtype, fused):
-    rng = np.random.default_rng(2)
-    half = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    check_lazy(table.row(name), weight_of(rng).astype(half), fused, rng, half, multi_precision=True)
-
-
-@each_fused
+@pytest.mark.parametrize(("name", "dtype", "masters"), LAZY)
 @pytest.mark.filterwarnings("ignore:states in float16")
-def test_lazy_rows_of_half_precision(fused):
-    rng = np.random.default_rng(3)
-    check_lazy(table.row("nag"), weight_of(rng, "float16"), fused, rng, "float16")
+def test_lazy_rows(name, dtype, masters, fused):
+    rng = np.random.default_rng(1)
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    weight = weight_of(rng, dtype)
+    check_lazy(table.row(name), weight, fused, rng, dtype, multi_precision=masters)
 
 
 @each_fused
@@ -915,7 +905,7 @@ def test_exact_with_several_parameters(fused):
     table.assert_bits([weights[0], [state[0] for state in states[0]]], [weights[1], states[1]])
 
 
-def test_exact_states_and_last_step():
+def test_exact_states_and_stamps():
     rng = np.random.default_rng(23)
     weight = weight_of(rng)
     for name, n in (("nag-plain", 0), ("nag", 1), ("ftml", 3), ("groupadagrad", 1)):
@@ -1234,154 +1224,7 @@ def test_same_bits_for_any_number_of_threads(name, mode, form, monkeypatch):
         assert_same(run.arrays(), expected.arrays(), row.cls.per_row)
 
 
-# ---------------------------------------------------------------- trainer
-
-
-def norm_of(grads):
-    return np.sqrt(sum(np.square(g.astype("f8")).sum() for g in grads))
-
-
-@each_fused
-@each_mode
-@pytest.mark.parametrize("form", [dict, list])
-def test_trainer(form, mode, fused):
-    """Its steps are the optimizer's updates, whatever is sparse, dense or missing."""
-    rng = np.random.default_rng(35)
-    shapes = {"a": (6, 3), "b": (4, 5), "c": (7,), "d": (6, 3)}
-    params = {name: weight_of(rng, shape=shape) for name, shape in shapes.items()}
-    options = {"use_fused_step": fused, "sparse_update": mode, "wd": 0.1}
-    trainer = Trainer(params if form is dict else list(params.values()), numba_opt.NAG(0.1, **options))
-    optimizer = numba_opt.NAG(0.1, **options)
-    weights = [weight.copy() for weight in params.values()]
-    states = [optimizer.create_state(t, weight) for t, weight in enumerate(weights)]
-    for k in range(16):
-        grads = []
-        for t, shape in enumerate(shapes.values()):
-            grad = block(rng, rng.integers(0, shape[0], 3), shape=shape)
-            forms = [
-                grad,
-                grad.to_dense(),
-                None,
-                grad.coalesce(),
-                ss.csr_array(np.eye(*shape[:2], dtype="f4")),
-            ]
-            grads.append(forms[(k + k // 4 + t) % (5 if len(shape) == 2 else 4)])
-        named = {name: grad for name, grad in zip(shapes, grads, strict=True) if grad is not None or k % 2}
-        trainer.step(named if form is dict else grads)
-        present = [t for t, grad in enumerate(grads) if grad is not None]
-        columns = ([column[t] for t in present] for column in (weights, grads, states))
-        optimizer.update(present, *columns)
-        table.assert_bits(list(params.values()), weights)
-        table.assert_bits(list(trainer.states.values()), states)
-    assert trainer.optimizer.num_update == optimizer.num_update
-
-
-@each_fused
-@each_mode
-@pytest.mark.parametrize("form", ["rows", "csr", "full csr", "half", "duplicates"])
-def test_clip_global_norm(form, mode, fused):
-    """The norm is that of the summed gradient."""
-    rng = np.random.default_rng(36)
-    shape = (8, 3)
-    params = [np.zeros(shape, "f4"), np.zeros(4, "f4")]
-    optimizer = numba_opt.NAG(1.0, momentum=0, use_fused_step=fused, sparse_update=mode)
-    trainer = Trainer(params, optimizer, clip_global_norm=2.0)
-    grad = block(rng, [1, 6, 1, 1] if form == "duplicates" else [1, 4, 6])
-    grad = RowSparse(grad.rows, eighths(rng, (len(grad.rows), 3)), shape)
-    dense = [grad.to_dense(), eighths(rng, 4)]
-    if form == "csr":
-        given_ = csr_from([[(c, x / 2) for c, x in enumerate(row) if x] * 2 for row in dense[0].tolist()], 3)
-    elif form == "full csr":
-        given_ = csr_from(
-            [[(c, x) for c, x in enumerate(row) if x] for row in dense[0].tolist()], 3, garbage=5
-        )
-    elif form == "half":
-        given_ = RowSparse(grad.rows, grad.values.astype("f2"), shape)
-    else:
-        given_ = grad
-    trainer.step([given_, dense[1]], batch_size=0.5)
-    trainer.flush()
-    norm = 2 * norm_of(dense)
-    assert trainer.grad_norm == pytest.approx(norm, rel=1e-14)
-    np.testing.assert_allclose(params[0], -dense[0] * 2 * 2.0 / norm, rtol=1e-6)
-    np.testing.assert_allclose(params[1], -dense[1] * 2 * 2.0 / norm, rtol=1e-6)
-
-
-@each_fused
-@each_mode
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_skip_nonfinite(bad, mode, fused):
-    rng = np.random.default_rng(37)
-    params = [weight_of(rng), weight_of(rng, shape=(3,))]
-    optimizer = numba_opt.NAG(use_fused_step=fused, wd=0.1, sparse_update=mode)
-    trainer = Trainer(params, optimizer, skip_nonfinite=True)
-    good = [block(rng, [1, 4, 4]), eighths(rng, 3)]
-    trainer.step(good)
-    before = table.content(params, list(trainer.states.values()))
-    for form in ("rows", "duplicates", "csr"):
-        grad = block(rng, [4, 1, 4] if form == "duplicates" else [1, 4])
-        grad.values[-1, 2] = bad
-        if form == "csr":
-            grad = ss.csr_array(grad.to_dense())
-        for other in (eighths(rng, 3), np.zeros(3, "f4")):
-            trainer.step([grad, other])
-            assert table.content(params, list(trainer.states.values())) == before
-    assert (trainer.skipped_steps, trainer.optimizer.num_update) == (6, 1)
-    if mode == "exact":
-        assert trainer.optimizer._deferred[0].recorded == 1
-    trainer.step(good)
-    assert trainer.optimizer.num_update == 2
-
-
-@each_fused
-@each_mode
-def test_norms_beyond_the_range_of_squares(mode, fused):
-    params = [np.zeros((4, 2)), np.zeros(2)]
-    optimizer = numba_opt.NAG(1.0, momentum=0, use_fused_step=fused, sparse_update=mode)
-    trainer = Trainer(params, optimizer, clip_global_norm=5.0)
-    trainer.step([RowSparse([3, 3], [[1e200, 0], [2e200, 0]], (4, 2)), np.array([4e200, 0])])
-    assert trainer.grad_norm == pytest.approx(5e200, rel=1e-14)
-    trainer.flush()
-    np.testing.assert_allclose(params[0][3], [-3, 0], rtol=1e-14)
-
-
-@each_fused
-@each_mode
-def test_accumulate(mode, fused):
-    """The next step takes the sum, of sparse and dense gradients in any order."""
-    rng = np.random.default_rng(38)
-    shape = (8, 3)
-    for forms in (
-        ["rows", "rows"],
-        ["rows", "dense"],
-        ["dense", "rows"],
-        ["csr", "rows", "csr"],
-        ["dense", "csr"],
-    ):
-        weight = weight_of(rng, shape=shape)
-        options = {"wd": 0.1, "use_fused_step": fused, "sparse_update": mode}
-        trainer = Trainer([weight.copy(), np.zeros(2, "f4")], numba_opt.NAG(**options))
-        optimizer = numba_opt.NAG(**options)
-        state = optimizer.create_state(0, weight)
-        total, touched, kept = np.zeros(shape, "f4"), set(), []
-        for form in forms:
-            grad = block(rng, rng.integers(0, 8, 3), shape=shape)
-            total += grad.to_dense()
-            touched |= set(grad.rows.tolist())
-            given_ = {"rows": grad, "dense": grad.to_dense(), "csr": ss.csr_array(grad.to_dense())}[form]
-            arrays = (
-                [given_]
-                if form == "dense"
-                else [getattr(given_, "rows", None), getattr(given_, "values", None)]
-            )
-            kept.append((arrays, table.content(arrays)))
-            trainer.accumulate([given_, None])
-        trainer.step()
-        rows = sorted(touched)
-        sparse = RowSparse(rows, total[rows], shape)
-        optimizer.update([0], [weight], [total if "dense" in forms else sparse], [state])
-        table.assert_bits([trainer.params["0"], trainer.states["0"]], [weight, state])
-        assert all(table.content(arrays) == before for arrays, before in kept)
+# ---------------------------------------------------------------- fronts
 
 
 def test_accumulated_gradients_of_other_dtypes():
@@ -1406,29 +1249,6 @@ def test_accumulated_sparse_and_dense_of_other_dtypes(order, sparse):
     np.testing.assert_array_equal(trainer.params["0"], [[-1, -1], [-2049, -2049], [-1, -1]])
 
 
-def test_accumulated_gradients_keep_their_values():
-    """The caller may fill the same arrays anew."""
-    trainer = Trainer([np.zeros((3, 2))], "nag", momentum=0, learning_rate=1.0)
-    grad = RowSparse(np.array([1]), np.ones((1, 2)), (3, 2))
-    trainer.accumulate([grad])
-    grad.values[...] = 100
-    grad.rows[...] = 2
-    trainer.step()
-    np.testing.assert_array_equal(trainer.params["0"], [[0, 0], [-1, -1], [0, 0]])
-
-
-def test_a_call_of_accumulate_that_fails_adds_nothing():
-    trainer = Trainer([np.zeros((3, 2)), np.zeros(2)], "nag", momentum=0, learning_rate=1.0)
-    trainer.accumulate([np.ones((3, 2)), np.ones(2)])
-    good = RowSparse([1], np.ones((1, 2)), (3, 2))
-    for bad in (np.ones(3), RowSparse([1], np.ones(1), (3,))):
-        with pytest.raises(ValueError, match="parameter '1'"):
-            trainer.accumulate([good, bad])
-    trainer.step()
-    np.testing.assert_array_equal(trainer.params["0"], np.full((3, 2), -1.0))
-    np.testing.assert_array_equal(trainer.params["1"], [-1, -1])
-
-
 @each_mode
 @pytest.mark.parametrize("way", ["file", "dict"])
 def test_saving_accumulated_sparse_gradients(way, mode, tmp_path):
@@ -1447,21 +1267,6 @@ def test_saving_accumulated_sparse_gradients(way, mode, tmp_path):
         trainer.step()
         trainer.flush()
     table.assert_bits([other.params["0"], other.states["0"]], [first.params["0"], first.states["0"]])
-
-
-@each_mode
-def test_frozen_parameters(mode):
-    rng = np.random.default_rng(39)
-    params = {"a": weight_of(rng), "b": weight_of(rng)}
-    before = params["a"].copy()
-    trainer = Trainer(params, numba_opt.NAG(wd=0.1, sparse_update=mode), freeze="a")
-    grad = block(rng, [1])
-    trainer.step({"a": grad, "b": grad})
-    trainer.flush()
-    np.testing.assert_array_equal(params["a"], before)
-    trainer.unfreeze()
-    trainer.step({"a": grad, "b": grad})
-    assert (params["a"][1] != before[1]).all()
 
 
 @each_fused
@@ -1487,317 +1292,3 @@ def test_torch_weights():
     optimizer = numba_opt.NAG(1.0, momentum=0)
     optimizer.update([0], [weight], [RowSparse([2], [[1.0, 2.0]], (4, 2))], [None])
     assert weight[2].tolist() == [-1, -2]
-
-
-# ---------------------------------------------------------------- memory
-
-GUARD = '''
-import ctypes, mmap, sys, warnings
-import numpy as np, scipy.sparse as ss
-import numba_opt
-from numba_opt import RowSparse, Trainer
-from numba_opt.cpu import reader, touched
-from numba_opt.cpu import merge, threads
-from tests import table
-
-PAGE = mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-sides = [True]
-
-
-def guarded(array):
-    """A copy between two pages that nobody may touch, right before one or right after the other."""
-    size = -(-max(array.nbytes, 1) // PAGE) * PAGE
-    memory = mmap.mmap(-1, size + 2 * PAGE)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for page in (base, base + PAGE + size):
-        assert libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0) == 0
-    start = PAGE + (size - array.nbytes if sides[0] else 0)
-    out = np.ndarray(array.shape, array.dtype, memory, start)
-    out[...] = array
-    return out
-
-
-def tree(thing):
-    if isinstance(thing, (tuple, list)):
-        return type(thing)(map(tree, thing))
-    return guarded(thing) if isinstance(thing, np.ndarray) else thing
-
-
-def guard_matrix(matrix):
-    for name in ("data", "indices", "indptr"):
-        setattr(matrix, name, guarded(getattr(matrix, name)))
-    return matrix
-
-
-def patch():
-    """What the package hands to its kernels is guarded too: touched rows, starts, places, tables, history,
-    scratch."""
-    touched_rows, run, scratch = reader.touched_rows, threads.run, threads.scratch
-
-    def guarded_rows(*args):
-        form, *arrays = touched_rows(*args)
-        return touched.TouchedRows(form, *map(tree, arrays))
-
-    def guarded_run(jobs, afterwards=()):
-        for job in jobs:
-            copies = tuple(map(guarded, job.args))
-            run([job._replace(args=copies)])
-            for array, copy in zip(job.args, copies):
-                array[...] = copy
-        run([], afterwards)
-
-    reader.touched_rows, threads.run = guarded_rows, guarded_run
-    threads.scratch = lambda *sizes: guarded(scratch(*sizes))
-'''
-
-FORMS_ON_GUARDED_PAGES = """
-patch()
-height = 9
-rng = np.random.default_rng(0)
-
-def gradients(width, dtype):
-    rows = [0, 3, height - 1]
-    values = rng.standard_normal((5, width)).astype(dtype)
-    yield RowSparse(guarded(np.array(rows)), guarded(values[:3]), (height, width))
-    yield RowSparse(guarded(np.array([8, 0, 8, 8, 0])), guarded(values), (height, width))
-    yield RowSparse(guarded(np.array([8, 0, 8, 8, 0], "u1")), guarded(values), (height, width))
-    yield RowSparse(guarded(np.zeros(0, int)), guarded(values[:0]), (height, width))
-    dense = np.zeros((height, width), dtype)
-    dense[rows] = values[:3]
-    full = ss.csr_array(dense.astype("f4"))
-    for index in ("i4", "i8"):
-        for columns, times in ((full.indices, 1), (full.indices[::-1], 1), (full.indices, 2)):
-            matrix = ss.csr_array((height, width), dtype="f4")
-            matrix.data = np.tile(full.data.astype(dtype), times)
-            matrix.indices = np.tile(columns, times).astype(index)
-            matrix.indptr = (full.indptr * times).astype(index)
-            yield guard_matrix(matrix)
-    yield guard_matrix(ss.csr_array((height, width), dtype="f4"))
-    yield guarded(dense)
-
-def go(name, dtype, mode, width, **options):
-    optimizer = table.build(table.row(name), sparse_update=mode, clip_gradient=0.5, **options)
-    weight = guarded(rng.standard_normal((height, width)).astype(dtype))
-    state = tree(optimizer.create_state_multi_precision(0, weight))
-    for grad in gradients(width, dtype):
-        optimizer.update_multi_precision([0], [weight], [grad], [state])
-    optimizer.flush([0], [weight], [state])
-    assert np.isfinite(weight.astype("f4")).all()
-
-for sides[0] in (True, False):
-    for width in range(1, 34):
-        go("nag", "f4", "lazy", width)
-        go("nag", "f4", "exact", width)
-        if width % 3 == 1 or width < 3:
-            go("ftml", "f4", "lazy", width)
-            go("groupadagrad", "f4", "lazy", width)
-            go("groupadagrad", "f4", "exact", width)
-            go("nag", "f8", "lazy", width)
-            go("nag", "f2", "lazy", width, multi_precision=True)
-        trainer = Trainer([guarded(np.ones((height, width), "f4"))], "nag", clip_global_norm=1.0)
-        for grad in gradients(width, "f4"):
-            trainer.step([grad])
-for sides[0] in (True, False):  # work that is shared: chunks end in the middle of rows
-    height, width = 700, 77
-    weight = guarded(np.ones((height, width), "f4"))
-    rows = rng.integers(0, height, 1500)
-    threads.SHARED, threads.count = 1, lambda: 3
-    optimizer = numba_opt.NAG(sparse_update="exact")
-    state = tree(optimizer.create_state(0, weight))
-    for _ in range(3):
-        grad = RowSparse(guarded(rows), guarded(np.ones((1500, width), "f4")), (height, width))
-        optimizer.update([0], [weight], [grad], [state])
-    optimizer.flush([0], [weight], [state])
-print("survived")
-"""
-
-BAD_ON_GUARDED_PAGES = """
-def csr(**changes):
-    matrix = ss.csr_array(np.eye(4, 3, dtype="f4") + np.eye(4, 3, 1, dtype="f4"))
-    for name, change in changes.items():
-        array = getattr(matrix, name).copy()
-        setattr(matrix, name, change(array))
-    return guard_matrix(matrix)
-
-def put(k, value):
-    def change(array):
-        array[k] = value
-        return array
-    return change
-
-FAR = [-1, 3, 4, 2**31 - 1, -2**31]
-def bad():
-    for value in [-1, 4, 2**31, 2**62, -2**62]:
-        for k in range(3):
-            grad = RowSparse(guarded(np.arange(3)), guarded(np.ones((3, 3), "f4")), (4, 3))
-            grad.rows[k] = value
-            yield grad
-    for value in FAR:
-        for k in (0, 2, -1):
-            yield csr(indices=put(k, value))
-    for value in (-1, 1, 2**31 - 1, -2**31):
-        yield csr(indptr=put(0, value))
-    for value in (-1, 6, 2**31 - 1, -2**31):
-        yield csr(indptr=put(2, value))
-    for value in (-1, 4, 7, 2**31 - 1):
-        yield csr(indptr=put(-1, value))
-    yield csr(data=lambda a: a[:-1])
-    yield csr(data=lambda a: a[:0])
-    yield csr(indices=lambda a: a[:-1])
-    yield csr(indptr=lambda a: a[:-1])
-    yield csr(indptr=lambda a: np.r_[a, a[-1]])
-    yield csr(indptr=lambda a: a[:0])
-    grad = RowSparse([0, 1], np.ones((2, 3), "f4"), (4, 3))
-    grad.values = guarded(np.ones((1, 3), "f4"))
-    yield grad
-    grad = RowSparse([0, 1], np.ones((2, 3), "f4"), (4, 3))
-    grad.values = guarded(np.ones((2, 2), "f4"))
-    yield grad
-    grad = RowSparse([0, 1], np.ones((2, 3), "f4"), (4, 3))
-    grad.shape = (40, 3)
-    yield grad
-
-refused = 0
-for sides[0] in (True, False):
-    for mode in ("lazy", "dense", "exact"):
-        for name in ("nag", "groupadagrad"):
-            for fused in (True, False):
-                optimizer = table.build(table.row(name), sparse_update=mode, use_fused_step=fused)
-                weight = guarded(np.ones((4, 3), "f4"))
-                state = tree(optimizer.create_state(0, weight))
-                for grad in bad():
-                    try:
-                        optimizer.update([0], [weight], [grad], [state])
-                    except (TypeError, ValueError):
-                        refused += 1
-                    else:
-                        raise SystemExit(f"accepted: {grad!r} {vars(grad)}")
-                assert (weight == 1).all() and optimizer.num_update == 0
-print("survived", refused)
-"""
-
-BOUNDS_CHECKED = """
-try:
-    merge.rows_of_csr(np.arange(0), 0, 1)
-except IndexError:
-    pass
-else:
-    raise SystemExit("kernels are not bounds-checked")
-rng = np.random.default_rng(0)
-for n in (0, 1, 7, 300):
-    for height in (1, 3, 2048, 2049, 2**22 + 1):
-        rows = rng.integers(0, height, n)
-        touched, starts, order = merge.group(rows, height)
-        assert (touched == np.unique(rows)).all() and (order == np.argsort(rows, kind="stable")).all()
-        assert merge.look(rows, height) in (merge.GOOD, merge.UNSORTED)
-for name in ("groupadagrad",):
-    optimizer = table.build(table.row(name), sparse_update="exact")
-    weight = rng.standard_normal((9, 5)).astype("f4")
-    state = optimizer.create_state(0, weight)
-    lazy = table.build(table.row(name))
-    for grad in (
-        RowSparse([0, 8], np.ones((2, 5), "f4"), (9, 5)),
-        RowSparse([8, 0, 8], np.ones((3, 5), "f4"), (9, 5)),
-        ss.csr_array(np.eye(9, 5, dtype="f4")),
-        ss.csr_array(np.ones((9, 5), dtype="f4")),
-        ss.csr_array((9, 5), dtype="f4"),
-    ):
-        lazy.update([0], [weight], [grad], [state[0]])
-        if isinstance(grad, RowSparse):
-            optimizer.update([0], [weight], [grad], [state])
-    optimizer.flush([0], [weight], [state])
-print("survived")
-"""
-
-
-def process(script, **env):
-    assert "survived" in printed(GUARD + script, options=("-X", "faulthandler"), **env)
-
-
-posix = pytest.mark.skipif(os.name != "posix", reason="no mprotect here")
-
-
-@posix
-@pytest.mark.parametrize("side", [True, False])
-def test_the_guards_are_there(side):
-    script = f"""
-sides[0] = {side}
-array = guarded(np.arange(5, dtype="u1"))
-assert array.tolist() == [0, 1, 2, 3, 4]
-print("survived", flush=True)
-ctypes.c_char.from_address(array.ctypes.data + (5 if sides[0] else -1)).value
-"""
-    with pytest.raises(AssertionError, match="survived"):
-        process(script)
-
-
-@posix
-def test_nothing_outside_the_arrays_is_touched():
-    """All kernels on arrays that lie right beside forbidden pages, at every small width."""
-    process(FORMS_ON_GUARDED_PAGES)
-
-
-@posix
-def test_bad_input_never_reaches_the_kernels():
-    process(BAD_ON_GUARDED_PAGES)
-
-
-@posix
-def test_bounds_checked_kernels():
-    """Numba's own check of every index into an array that is not a raw pointer."""
-    folder = os.devnull if cache.folder().is_relative_to(os.devnull) else str(cache.folder() / "boundscheck")
-    process(BOUNDS_CHECKED, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=folder)
-
-
-@posix
-@pytest.mark.parametrize("value", [-1, -1000, -(10**8), -(2**62), 10, 2**62])
-def test_last_step_that_lead_nowhere(value):
-    """They are in the caller's hands, as row numbers are, and come back from files."""
-    script = f"""
-optimizer = numba_opt.NAG(wd=0.1, sparse_update="exact")
-weight = np.ones((6, 3))
-state = optimizer.create_state(0, weight)
-optimizer.update([0], [weight], [RowSparse([0], np.ones((1, 3)), (6, 3))], [state])
-state[1][4] = {value}
-before = weight.copy(), state[0].copy()
-calls = [
-    lambda: optimizer.update([0], [weight], [RowSparse([4], np.ones((1, 3)), (6, 3))], [state]),
-    lambda: optimizer.update([0], [weight], [np.ones((6, 3))], [state]),
-    lambda: optimizer.flush([0], [weight], [state]),
-]
-for call in calls:
-    try:
-        call()
-    except ValueError as error:
-        assert "last_step of parameter 0" in str(error), error
-    else:
-        raise SystemExit("accepted")
-    assert (weight == before[0]).all() and (state[0] == before[1]).all() and state[1][4] == {value}
-print("survived")
-"""
-    process(script)
-
-
-@posix
-@pytest.mark.parametrize("form", ["coo", "csc", "bsr"])
-def test_bad_matrices_of_other_formats(form):
-    """scipy converts them without a look at their indices."""
-    script = f"""
-warnings.simplefilter("ignore")
-for value in (10**8, -10**8, 50):
-    matrix = ss.csr_array(np.eye(50, 4)).asformat({form!r})
-    if {form!r} == "coo":
-        matrix.coords[0][3] = value
-    else:
-        matrix.indices[0] = value
-    weight = np.ones((50, 4))
-    try:
-        numba_opt.NAG(momentum=0).update([0], [weight], [matrix], [None])
-    except ValueError:
-        assert (weight == 1).all()
-    else:
-        raise SystemExit(f"accepted {{value}}")
-print("survived")
-"""
-    process(script)

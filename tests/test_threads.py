@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ import pytest
 from numba_opt.cpu import threads
 
 from . import table
-from .scripts import printed
+from .scripts import TRAIN, printed, result
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
 
 PRELUDE = """
 import os, threading
@@ -89,58 +92,6 @@ def test_helpers_are_used_and_come_back(monkeypatch):
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "numba_opt")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
-def test_forked_children():
-    """Helpers do not live on in a child: it starts its own, and nobody waits for the dead."""
-    script = """
-import warnings
-warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
-expected = run()
-assert helpers() >= 1
-for _ in range(3):
-    child = os.fork()
-    if child == 0:
-        assert helpers() == 0
-        good = run() == expected and helpers() >= 1
-        grandchild = os.fork()
-        if grandchild == 0:
-            os._exit(0 if run() == expected else 1)
-        _, status = os.waitpid(grandchild, 0)
-        os._exit(0 if good and status == 0 else 1)
-    assert run() == expected
-    _, status = os.waitpid(child, 0)
-    assert status == 0, status
-"""
-    process(script, NUMBA_NUM_THREADS="4")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
-def test_fork_while_other_threads_are_at_work():
-    script = """
-import warnings
-warnings.simplefilter("ignore")
-expected, stop = run(), threading.Event()
-
-def work():
-    while not stop.is_set():
-        run()
-
-workers = [threading.Thread(target=work) for _ in range(2)]
-for worker in workers:
-    worker.start()
-for _ in range(5):
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if run() == expected else 1)
-    _, status = os.waitpid(child, 0)
-    assert status == 0, status
-stop.set()
-for worker in workers:
-    worker.join()
-"""
-    process(script, NUMBA_NUM_THREADS="4")
-
-
 def test_set_num_threads_is_respected():
     script = """
 numba.set_num_threads(1)
@@ -167,3 +118,202 @@ assert not parallel._is_initialized
 
 def test_a_process_ends_while_helpers_sleep():
     process("run()\nassert helpers() == 3", NUMBA_NUM_THREADS="4")
+
+
+# ---------------------------------------------------------------- beside other threads
+
+
+LAYERS = (
+    TRAIN
+    + """
+import numba
+
+@numba.njit(parallel=True)
+def others(x):
+    total = 0.0
+    for i in numba.prange(x.size):
+        total += np.sqrt(x[i])
+    return total
+
+names = ["nag", "ftml", "adamax", "rmsprop", "groupadagrad", "rmsprop-centered"]
+expected = [train(name) for name in names]
+x = np.full(300_000, 4.0)
+assert others(x) == 600_000
+stop, sums = threading.Event(), []
+
+def run_others():
+    while not stop.is_set():
+        sums.append(others(x))
+
+barrier = threading.Barrier(6)
+
+def start(name):
+    barrier.wait()
+    return [train(name) for _ in range(4)]
+
+user = threading.Thread(target=run_others)
+user.start()
+with ThreadPoolExecutor(6) as pool:
+    found = list(pool.map(start, names))
+stop.set()
+user.join()
+assert found == [[one] * 4 for one in expected]
+assert sums and set(sums) == {600_000.0}
+print(json.dumps(numba.threading_layer()))
+"""
+)
+
+
+def _has_layer(name):
+    if name == "workqueue":
+        return True
+    try:
+        importlib.import_module(f"numba.np.ufunc.{name}pool")
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
+def test_six_threads_beside_somebody_elses_parallel_kernel(layer):
+    if not _has_layer(layer):
+        pytest.skip(f"numba has no {layer} here")
+    assert result(LAYERS, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4) == layer
+
+
+def test_the_number_of_threads_is_respected_and_changes_no_bit():
+    script = (
+        TRAIN
+        + """
+found = train("ftml")
+helpers = sum(thread.name == "numba_opt" for thread in threading.enumerate())
+print(json.dumps([found, helpers]))
+"""
+    )
+    found = [result(script, NUMBA_NUM_THREADS=count) for count in (1, 2, 5)]
+    assert found == [[found[0][0], helpers] for helpers in (0, 1, 4)]
+
+
+# ---------------------------------------------------------------- forks
+
+
+@forks
+def test_forked_children():
+    """Helpers do not live on in a child: it starts its own, and nobody waits for the dead."""
+    script = """
+import warnings
+warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
+expected = run()
+assert helpers() >= 1
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        assert helpers() == 0
+        good = run() == expected and helpers() >= 1
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(0 if run() == expected else 1)
+        _, status = os.waitpid(grandchild, 0)
+        os._exit(0 if good and status == 0 else 1)
+    assert run() == expected
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+"""
+    process(script, NUMBA_NUM_THREADS="4")
+
+
+@forks
+def test_fork_while_other_threads_are_at_work():
+    script = """
+import warnings
+warnings.simplefilter("ignore")
+expected, stop = run(), threading.Event()
+
+def work():
+    while not stop.is_set():
+        run()
+
+workers = [threading.Thread(target=work) for _ in range(2)]
+for worker in workers:
+    worker.start()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if run() == expected else 1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+stop.set()
+for worker in workers:
+    worker.join()
+"""
+    process(script, NUMBA_NUM_THREADS="4")
+
+
+@forks
+@pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
+def test_fork_after_use(layer):
+    """Also where the program has entered Numba's own threads before; in the child only we run."""
+    if not _has_layer(layer):
+        pytest.skip(f"numba has no {layer} here")
+    script = (
+        TRAIN
+        + """
+import numba
+
+@numba.njit(parallel=True)
+def others(x):
+    for i in numba.prange(x.size):
+        x[i] += 1
+
+others(np.zeros(100_000))
+expected = {name: train(name) for name in ("nag", "ftml")}
+statuses = []
+for _ in range(4):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(250)  # rather than to wait for ever
+        os._exit(0 if {name: train(name) for name in expected} == expected else 1)
+    statuses.append(os.waitpid(child, 0)[1])
+    assert train("nag") == expected["nag"]
+print(json.dumps([numba.threading_layer(), statuses]))
+"""
+    )
+    found = result(script, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=4)
+    assert found == [layer, [0] * 4]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method, tmp_path):
+    import multiprocessing
+
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    script = tmp_path / "program.py"
+    script.write_text(
+        TRAIN
+        + """
+import multiprocessing
+
+def send(queue, name):
+    queue.put((name, train(name)))
+
+def main():
+    expected = {name: train(name) for name in ("nag", "ftml")}
+    context = multiprocessing.get_context(sys.argv[1])
+    queue = context.Queue()
+    started = [context.Process(target=send, args=(queue, name)) for name in expected]
+    for one in started:
+        one.start()
+    found = dict(queue.get(timeout=250) for _ in started)
+    for one in started:
+        one.join(250)
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        pooled = dict(zip(expected, pool.map(train, expected)))
+    codes = [one.exitcode for one in started]
+    print(json.dumps([codes, found == expected, pooled == expected, train("nag") == expected["nag"]]))
+
+if __name__ == "__main__":
+    main()
+"""
+    )
+    assert result(script, method, NUMBA_NUM_THREADS=4) == [[0, 0], True, True, True]

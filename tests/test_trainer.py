@@ -1,4 +1,7 @@
-"""`Trainer`: its steps are the optimizer's updates to the bit, whatever the gradients look like."""
+"""`Trainer`: its steps are the optimizer's updates to the bit, whatever the gradients look like.
+
+A case names a row of the table and what gradients are: dense, or sparse of some form and meaning.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ import tracemalloc
 import types
 import weakref
 from collections.abc import Mapping
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.sparse
 
 import numba_opt
-from numba_opt import Trainer, lr_scheduler
+from numba_opt import RowSparse, Trainer, lr_scheduler
 from numba_opt.cpu import threads
 
 from . import table
@@ -28,6 +33,14 @@ MIXED = ["f4", "f8", "f2", "f4"]  # the weights' dtypes
 
 each_form = pytest.mark.parametrize("form", [dict, list])
 each_fused = pytest.mark.parametrize("fused", [True, False], ids=["fused", "arrays"])
+each_mode = pytest.mark.parametrize("mode", ["lazy", "dense", "exact"])
+
+FORMS = ["rows", "duplicates", "csr", "csr with duplicates", "half"]
+SPARSE = [(form, mode) for form in FORMS for mode in ("lazy", "dense", "exact")]
+CASES = [*((row, "dense", "lazy") for row in table.TABLE), *((table.row("nag"), *case) for case in SPARSE)]
+each_case = pytest.mark.parametrize(
+    ("row", "gradient", "mode"), CASES, ids=[f"{row.id}-{form}-{mode}" for row, form, mode in CASES]
+)
 
 
 def snapshot(value):
@@ -40,6 +53,10 @@ def snapshot(value):
         return parts
     if isinstance(value, (tuple, list)):
         return [snapshot(part) for part in value]
+    if isinstance(value, RowSparse):
+        return snapshot([value.rows, value.values])
+    if scipy.sparse.issparse(value):
+        return snapshot([value.data, value.indices, value.indptr])
     return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
@@ -47,9 +64,48 @@ def random(rng, shape, dtype="f4"):
     return np.asarray(rng.standard_normal(shape)).astype(dtype)
 
 
+def formed(form, rng, shape, dtype="f4"):
+    """A random gradient; a sparse one has small multiples of 1/8, which add up exactly in every precision."""
+    if form == "dense":
+        return random(rng, shape, dtype)
+    rows = rng.permutation(shape[0])[: -(-shape[0] // 2)]
+    values = (rng.integers(1, 24, (len(rows), *shape[1:])) / 8).astype("f2" if form == "half" else dtype)
+    if form == "duplicates" or (form.endswith("duplicates") and len(shape) != 2):
+        rows, values = np.tile(rows, 2), np.concatenate([values, values / 2])
+    if not form.startswith("csr") or len(shape) != 2 or dtype == "f2":
+        return RowSparse(rows, values, shape)
+    times = 2 if form.endswith("duplicates") else 1
+    matrix = scipy.sparse.csr_array(RowSparse(rows, values, shape).to_dense())
+    ends = matrix.indptr * times
+    order = np.concatenate([np.tile(np.arange(a, b), times) for a, b in pairwise(matrix.indptr)])
+    matrix.data, matrix.indices, matrix.indptr = matrix.data[order], matrix.indices[order], ends
+    # what lies behind the last entry is none
+    matrix.data = np.append(matrix.data, np.full(5, 1e6, dtype))
+    matrix.indices = np.append(matrix.indices, np.zeros(5, matrix.indices.dtype))
+    return matrix
+
+
+def numbers(grad):
+    """The array of a gradient's values."""
+    if isinstance(grad, np.ndarray):
+        return grad
+    return grad.values if isinstance(grad, RowSparse) else grad.data
+
+
+def whole(grad):
+    """A gradient as an array."""
+    if isinstance(grad, np.ndarray):
+        return grad
+    if isinstance(grad, RowSparse):
+        return grad.to_dense()
+    parts = grad.data[: grad.indptr[-1]], grad.indices[: grad.indptr[-1]], grad.indptr
+    return scipy.sparse.csr_array(parts, grad.shape).toarray()
+
+
 def norm_of(grads):
     """The norm of some gradients, in double precision and with one rounding for the sum."""
-    return math.sqrt(math.fsum(x for g in grads for x in np.square(g.astype("f8")).ravel().tolist()))
+    squares = (np.square(whole(grad).astype("f8")) for grad in grads)
+    return math.sqrt(math.fsum(x for some in squares for x in some.ravel().tolist()))
 
 
 def clipped(rescale, trainer):
@@ -61,8 +117,18 @@ def clipped(rescale, trainer):
 class Pair:
     """A trainer, and copies of its parameters that `Optimizer.update_multi_precision` updates."""
 
-    def __init__(self, row, form=dict, dtypes=("f4",) * 4, shapes=SHAPES, trainer=None, seed=0, **options):
-        rng = np.random.default_rng(seed)
+    def __init__(
+        self,
+        row,
+        form=dict,
+        dtypes=("f4",) * 4,
+        shapes=SHAPES,
+        trainer=None,
+        seed=0,
+        gradient="dense",
+        **options,
+    ):
+        rng, self.gradient = np.random.default_rng(seed), gradient
         shapes = [table.fit(row, shape) for shape in shapes]
         dtypes = [np.dtype(d) for d in dtypes]
         self.params = [random(rng, s, d) for s, d in zip(shapes, dtypes, strict=True)]
@@ -76,7 +142,7 @@ class Pair:
 
     def gradients(self, rng):
         """Fresh ones of the weights' dtypes."""
-        return [random(rng, weight.shape, weight.dtype) for weight in self.weights]
+        return [formed(self.gradient, rng, weight.shape, weight.dtype) for weight in self.weights]
 
     def give(self, grads):
         """Gradients in the trainer's form."""
@@ -99,9 +165,17 @@ class Pair:
         self.optimizer.update_multi_precision(present, *columns)
         self.check()
 
+    def flush(self):
+        """Rows that are behind take their steps."""
+        self.trainer.flush()
+        self.optimizer.flush(list(range(len(self.weights))), self.weights, self.states)
+
     def check(self):
-        found = self.trainer.state_dict()
         assert snapshot(self.params) == snapshot(self.weights)
+        assert snapshot(list(self.trainer.states.values())) == snapshot(self.states)
+        if self.optimizer.sparse_update == "exact":  # a `state_dict` would bring all rows up to date
+            return
+        found = self.trainer.state_dict()
         for t, name in enumerate(self.names):
             entry = found["parameters"][name]
             assert snapshot(entry["weight"]) == snapshot(self.weights[t])
@@ -175,6 +249,23 @@ def test_steps_are_updates(row, form, fused):
                 odd = layout(random(rng, weight.shape, dtype))
                 grads.append([None, buffer, odd, odd][rng.integers(4)])
             pair.step(grads)
+
+
+@each_mode
+@each_form
+@each_fused
+def test_steps_with_sparse_gradients_are_updates(mode, form, fused):
+    """Of any form, dense, and none at all, changing from step to step."""
+    dtypes = ["f4", "f8", "f4", "f4"]
+    pair = Pair(table.row("nag"), form, dtypes, sparse_update=mode, use_fused_step=fused, wd=0.1)
+    rng = np.random.default_rng(35)
+    kinds = ["rows", "dense", None, "duplicates", "csr"]
+    for k in range(16):
+        chosen = [kinds[(k + k // 4 + t) % 5] for t in range(4)]
+        weights = zip(chosen, pair.weights, strict=True)
+        pair.step([kind and formed(kind, rng, weight.shape, weight.dtype) for kind, weight in weights])
+    pair.flush()
+    pair.check()
 
 
 @table.each
@@ -393,9 +484,9 @@ def test_bad_multipliers_are_refused(method, value):
     unchanged(trainer, lambda: call([0.5]), TypeError, "dict")
 
 
-@table.each
-def test_freezing(row):
-    pair = Pair(row, trainer={"freeze": "encoder.*"})
+@each_case
+def test_freezing(row, gradient, mode):
+    pair = Pair(row, trainer={"freeze": "encoder.*"}, gradient=gradient, sparse_update=mode)
     rng = np.random.default_rng(12)
 
     def step(frozen):
@@ -556,18 +647,20 @@ def test_a_schedule_that_fails_changes_nothing():
 # ---------------------------------------------------------------- the norm of all gradients
 
 
-@table.each
+@each_case
 @each_fused
-def test_clip_global_norm(row, fused):
+def test_clip_global_norm(row, gradient, mode, fused):
+    """The norm is that of the summed gradients."""
     options = {"use_fused_step": fused, "multi_precision": True, "rescale_grad": 0.5}
+    options |= {"gradient": gradient, "sparse_update": mode}
     pair = Pair(row, dtypes=MIXED, trainer={"clip_global_norm": 0.75}, **options)
     rng = np.random.default_rng(19)
     for n in range(6):
         grads = pair.gradients(rng)
-        grads[0] = strided(grads[0]) if n == 3 else grads[0]
+        grads[0] = strided(grads[0]) if n == 3 and gradient == "dense" else grads[0]
         grads[1] = None if n == 4 else grads[1]
-        if n == 5:
-            grads = [grad * grad.dtype.type(0.01) for grad in grads]
+        for grad in grads if n == 5 else []:
+            numbers(grad)[...] *= numbers(grad).dtype.type(1 / 64)
         norm = 0.125 * norm_of([grad for grad in grads if grad is not None])
         pair.trainer.step(pair.give(grads), batch_size=4)
         assert pair.trainer.grad_norm == pytest.approx(norm, rel=1e-14)
@@ -613,12 +706,20 @@ def test_norm_is_exact_and_does_not_depend_on_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("huge", [1e155, 1e200, 1e307])
-def test_norm_of_huge_gradients(huge):
+@each_fused
+@pytest.mark.parametrize("mode", [None, "lazy", "dense", "exact"], ids=["", "lazy", "dense", "exact"])
+def test_norm_of_huge_gradients(huge, mode, fused):
+    """Squares overflow where norms do not."""
     weight = np.zeros(3)
+    options = {"momentum": 0, "learning_rate": 1, "use_fused_step": fused, "sparse_update": mode or "lazy"}
     trainer = Trainer(
-        [weight, np.zeros(2)], "nag", clip_global_norm=6.0, skip_nonfinite=True, momentum=0, learning_rate=1
+        [weight, np.zeros(2)], numba_opt.NAG(**options), clip_global_norm=6.0, skip_nonfinite=True
     )
-    trainer.step([np.array([huge, -2 * huge, 2 * huge]), np.zeros(2)])
+    grad = np.array([huge, -2 * huge, 2 * huge])
+    if mode:
+        grad = RowSparse([0, 1, 2, 1], [huge, -huge, 2 * huge, -huge], (3,))
+    trainer.step([grad, np.zeros(2)])
+    trainer.flush()
     assert trainer.grad_norm == pytest.approx(3 * huge, rel=1e-14)
     assert trainer.skipped_steps == 0
     np.testing.assert_allclose(weight, [-2, 4, -4], rtol=1e-14)
@@ -664,19 +765,20 @@ def test_nonfinite_gradients_without_skipping():
 # ---------------------------------------------------------------- steps that are skipped
 
 
-@table.each
+@each_case
 @each_fused
-def test_skip_nonfinite(row, fused):
+def test_skip_nonfinite(row, gradient, mode, fused):
     options = {"trainer": {"skip_nonfinite": True}, "multi_precision": True, "use_fused_step": fused}
-    pair = Pair(row, dtypes=MIXED, **options)
+    pair = Pair(row, dtypes=MIXED, gradient=gradient, sparse_update=mode, **options)
     rng = np.random.default_rng(21)
     skipped = 0
     for bad in (np.nan, np.inf, -np.inf):
         for t in range(4):
             good = pair.gradients(rng)
             pair.step(good)
-            grads = [grad.copy() for grad in good]
-            grads[t].flat[[0, -1, 1, 2][t]] = bad
+            grads = copy.deepcopy(good)
+            numbers(grads[t]).flat[[0, -1, 1, 1][t]] = bad
+            pair.flush()
             before = snapshot(pair.trainer)
             pair.trainer.step(pair.give(grads))
             skipped += 1
@@ -771,6 +873,37 @@ def test_accumulate(row, form):
         assert pair.trainer.state_dict()["accumulated"] == {}
 
 
+ORDERS = [
+    ["rows", "rows"], ["rows", "dense"], ["dense", "rows"], ["csr", "rows", "csr"], ["dense", "csr"],
+    ["duplicates", "dense", "csr with duplicates"],
+]  # fmt: skip
+
+
+@each_mode
+@each_fused
+@pytest.mark.parametrize("forms", ORDERS, ids=", ".join)
+def test_accumulate_sparse(forms, mode, fused):
+    """Sparse gradients and dense ones, in any order: the sum is dense if one of them is."""
+    pair = Pair(table.row("nag"), list, ["f4"], SHAPES[:1], sparse_update=mode, use_fused_step=fused, wd=0.1)
+    rng, shape = np.random.default_rng(38), SHAPES[0]
+    for _ in range(2):
+        total, touched = np.zeros(shape, "f4"), set()
+        for form in forms:
+            grad = formed(form, rng, shape)
+            if form == "dense":
+                grad = np.round(8 * grad) / 8
+            before = snapshot(grad)
+            pair.trainer.accumulate([grad])
+            assert snapshot(grad) == before
+            total += whole(grad)
+            touched |= {r for r in range(shape[0]) if form == "dense" or whole(grad)[r].any()}
+        pair.trainer.step()
+        rows = sorted(touched)
+        pair.update([total if "dense" in forms else RowSparse(rows, total[rows], shape)])
+    pair.flush()
+    pair.check()
+
+
 def test_accumulate_with_missing_gradients():
     pair = Pair(table.row("adamax"))
     rng = np.random.default_rng(23)
@@ -788,11 +921,16 @@ def test_accumulate_with_missing_gradients():
     pair.step(pair.gradients(rng))
 
 
-def test_accumulated_gradients_are_copies():
-    weight, grad = np.zeros(3), np.ones(3)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_accumulated_gradients_are_copies(sparse):
+    """The caller may fill the same arrays anew."""
+    weight = np.zeros(3)
+    grad = RowSparse(np.arange(3), np.ones(3), (3,)) if sparse else np.ones(3)
     trainer = Trainer([weight], "nag", momentum=0, learning_rate=1)
     trainer.accumulate([grad])
-    grad[...] = 100
+    numbers(grad)[...] = 100
+    if sparse:
+        grad.rows[...] = 2
     trainer.accumulate([np.ones(3)])
     trainer.step()
     assert weight.tolist() == [-2, -2, -2]
@@ -825,9 +963,12 @@ def test_accumulate_then_freeze():
         ([np.ones((6, 5), "f4"), np.ones(9, "f4"), None, None], ValueError, "encoder.bias"),
         ([np.ones((6, 5), "f4"), np.ones(8, "f8"), None, None], TypeError, "encoder.bias"),
         ([np.ones((6, 5), "f4"), [1.0] * 8, None, None], TypeError, "encoder.bias"),
+        ([RowSparse([1], np.ones((1, 5)), (6, 5)), np.ones(3, "f4"), None, None], ValueError, "encoder.bias"),
+        ([RowSparse([1], np.ones((1, 5)), (6, 5)), RowSparse([1], np.ones(1), (3,)), None, None],
+         ValueError, "encoder.bias"),
     ],
-    ids=["shape", "dtype", "list"],
-)
+    ids=["shape", "dtype", "list", "sparse, shape", "sparse, sparse"],
+)  # fmt: skip
 def test_accumulate_refused(grads, error, match):
     pair = Pair(table.row("nag"))
     trainer = pair.trainer

@@ -26,7 +26,7 @@ from ..core.rules import Rule
 from ..core.step_rows import NormLimit, Outcome, StepRows
 from ..cpu import threads
 from .arrays import address_of, current_stream, kernels, kind_of
-from .buffer import NORM, OUT_OF_RANGE_ROWS, SKIPPED
+from .buffer import NORM, OUT, OUT_OF_RANGE_ROWS, SKIPPED
 from .call import DeviceCall, SeenColumn, read
 from .device_steps import Captured, DeviceSteps
 
@@ -235,4 +235,5 @@ class CudaExecutor(Executor):
 
     def _outputs(self) -> np.ndarray:
         """What the kernels of all devices have said: a step that is skipped is so on all of them."""
-        return np.max([steps.buffer.outputs() for steps in self._of_device.values()], axis=0)
+        outputs = [steps.buffer.outputs() for steps in self._of_device.values()]
+        return np.max([np.zeros(OUT), *outputs], axis=0)

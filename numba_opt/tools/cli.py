@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -140,6 +141,14 @@ def _warmup_options(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu (default), cuda, cuda:0, or a compute capability such as sm_90",
     )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import a module, or a file of Python, that registers optimizers; may be given more than once",
+    )
     parser.add_argument("--dense", action="store_true", help="leave out what sparse gradients need")
     parser.add_argument("--clear", action="store_true", help="empty the cache, and do nothing else")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -158,6 +167,8 @@ def _warmup(options: argparse.Namespace) -> None:
     from ..errors import CudaUnavailableError
     from .warmup import warmup
 
+    for module in options.modules:
+        _import(module)
     names = options.optimizers or None
     try:
         found = warmup(names, options.dtypes, options.device, not options.dense, not options.quiet)
@@ -166,6 +177,23 @@ def _warmup(options: argparse.Namespace) -> None:
     except CudaUnavailableError as error:
         raise CommandError(str(error)) from error
     _show(options, found._asdict(), str(found))
+
+
+def _import(module: str) -> None:
+    """Import a module by its name, which may be in the current folder, or a file of Python."""
+    path = Path(module)
+    try:
+        if path.suffix != ".py":
+            sys.path.insert(0, "")
+            importlib.import_module(module)
+            return
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path.stem])
+    except Exception as error:
+        raise UsageError(f"--import {module}: {type(error).__name__}: {error}") from error
 
 
 # ---------------------------------------------------------------- bench

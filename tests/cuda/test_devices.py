@@ -11,23 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .. import table
-from ..ptx import arrays
+from ..conformance.backends import Ptx
+from ..conformance.gradients import block, csr
+from ..conformance.pairs import conform, conform_dense
 from ..ptx.driver import Driver, installed
-from .test_rows import block, csr
-from .test_rows import both as both_sparse
 
+PTX = Ptx()
 CAPABILITIES = [(7, 5), (8, 0), (10, 0)]
-
-
-def both(row, call, steps=2, **options):
-    """Weights and states after some dense steps: on the GPU, and on the CPU."""
-    options = table.common(row) | options
-    gpu, cpu = table.build(row, **options), table.build(row, **options)
-    weights, grads, states = map(arrays.on_gpu, call[1:])
-    for _ in range(steps):
-        cpu.update_multi_precision(*call)
-        gpu.update_multi_precision(call.indices, weights, grads, states)
-    return arrays.on_cpu([weights, states]), table.outputs(call)
 
 
 each_capability = pytest.mark.parametrize(
@@ -40,7 +30,7 @@ each_capability = pytest.mark.parametrize(
 @pytest.mark.parametrize("name", ["nag", "ftml", "groupadagrad"])
 def test_dense_steps_on_other_devices(capability, name):
     row = table.row(name)
-    table.assert_alike(row, *both(row, table.make(row, [(5, 7), (8, 16), (40, 130)])))
+    conform_dense(PTX, row, table.make(row, [(5, 7), (8, 16), (40, 130)]))
 
 
 @each_capability
@@ -48,15 +38,12 @@ def test_dense_steps_on_other_devices(capability, name):
 def test_half_precision_on_other_devices(capability, kept):
     row = table.row("adamax")
     options = {"state_dtype": kept, "stochastic_rounding": True, "seed": 3}
-    call = table.make(row, [(5, 7), 300])
-    states = [table.build(row, **options).create_state(t, w) for t, w in enumerate(call.weights)]
-    table.assert_bits(*both(row, call._replace(states=states), **options))
+    conform_dense(PTX, row, table.make(row, [(5, 7), 300]), **options)
 
 
 @each_capability
 def test_rows_on_other_devices(capability):
-    row = table.row("nag")
-    table.assert_alike(row, *both_sparse(row, [block(), csr()]))
+    conform(PTX, table.row("nag"), [block(), csr()])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -66,8 +53,8 @@ def test_threads_that_take_any_turn(name, seed):
     row = table.row(name)
     with installed(Driver(seed=seed, processors=1 + seed, any_thread_next=True)):
         call = table.make(row, [(5, 7), (8, 16), (50, 130)])
-        table.assert_alike(row, *both(row, call, steps=1))
-        table.assert_alike(row, *both_sparse(row, [block(), csr()], steps=1))
+        conform_dense(PTX, row, call, steps=1)
+        conform(PTX, row, [block(), csr()], steps=1)
 
 
 # ---------------------------------------------------------------- random cases
@@ -111,14 +98,13 @@ def sparse_cases(draw):
 def check_dense(case):
     row, call, device = case
     with installed(Driver(**device)), np.errstate(all="ignore"):
-        table.assert_alike(row, *both(row, call))
+        conform_dense(PTX, row, call)
 
 
 def check_sparse(case):
     row, grads, shape, mode, seed = case
     with installed(Driver(seed=seed)):
-        found = both_sparse(row, grads, [shape] * len(grads), sparse_update=mode)
-        table.assert_alike(row, *found)
+        conform(PTX, row, grads, [shape] * len(grads), sparse_update=mode)
 
 
 @given(cases())

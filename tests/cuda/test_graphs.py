@@ -8,10 +8,12 @@ import pytest
 import numba_opt
 
 from .. import table
+from ..conformance.backends import Ptx
+from ..conformance.gradients import SHAPE, block, csr, dense
 from ..ptx import arrays
-from .test_rows import SHAPE, block, csr, on_gpu
 
-DENSE = np.random.default_rng(7).standard_normal(SHAPE).astype("float32")
+DENSE = dense(seed=7)
+given = on_gpu = Ptx().put
 
 
 def twins(name="adamax", **options):
@@ -21,10 +23,6 @@ def twins(name="adamax", **options):
         numba_opt.Trainer(weights, table.build(row, **table.common(row) | options))
         for weights in (arrays.on_gpu(call.weights), call.weights)
     ]
-
-
-def given(grad):
-    return arrays.on_gpu(grad) if isinstance(grad, np.ndarray) else on_gpu(grad)
 
 
 def agree(gpu, cpu):

@@ -14,9 +14,10 @@ import pytest
 import numba_opt
 
 from .. import table
+from ..conformance.backends import Ptx
+from ..conformance.gradients import SHAPE, block
 from ..interruptions import Interrupted
 from ..ptx import arrays
-from .test_rows import SHAPE, block, on_gpu
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs a signal that nobody else uses"),
@@ -25,6 +26,7 @@ pytestmark = [
     ),
 ]
 
+on_gpu = Ptx().put
 PACKAGE = str(Path(numba_opt.__file__).parent)
 
 

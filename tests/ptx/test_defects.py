@@ -93,7 +93,8 @@ def norms():
 
 def sparse(form, mode="lazy", steps=3):
     """Sparse gradients of a form, on a GPU and on the CPU."""
-    from ..cuda.test_rows import block, csr, on_gpu, some_csr
+    from ..conformance.backends import Ptx
+    from ..conformance.gradients import block, csr, some_csr
     from . import arrays
 
     shape = (300, 6)
@@ -112,7 +113,7 @@ def sparse(form, mode="lazy", steps=3):
             rows = rng.permutation(300)[:40] if form == "distinct" else rng.integers(0, 300, 1500)
             grad = block(rows, shape, seed=n)
         theirs = grad
-        ours = on_gpu(grad, form == "distinct")
+        ours = Ptx().sparse(grad, form == "distinct")
         if form == "distinct":  # the first two lead outside
             ours.rows.array[:2] = [-3, 10**6]
             theirs = numba_opt.RowSparse(grad.rows[2:], grad.values[2:], shape)
