@@ -42,7 +42,7 @@ def own_folder() -> Path:
 
 def kernels_sources() -> Iterator[Path]:
     """The files that kernels are made of, as a module says that must not be imported yet."""
-    tree = ast.parse((PACKAGE / "compiler" / "fingerprint.py").read_text())
+    tree = ast.parse((PACKAGE / "compiler" / "sources.py").read_text())
     (patterns,) = (
         ast.literal_eval(node.value)
         for node in tree.body

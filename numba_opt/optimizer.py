@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
@@ -192,7 +193,16 @@ class Optimizer(HasStates):
         self.lr_mult, self.wd_mult = {}, {}
         self._deferred = {}
         self._executors: dict[Any, list[Executor]] = {}  # that no call has taken, by what they serve
-        self._owner: Callable[[], Any] = _nobody
+        self._owner: Callable[[], Any] = _nobody  # the Trainer that it belongs to
+
+    @property
+    def owner(self) -> Any:
+        """The Trainer that this optimizer belongs to, if it belongs to one."""
+        return self._owner()
+
+    def give_to(self, trainer: Any) -> None:
+        """Belong to a Trainer, from now on and as long as that is there."""
+        self._owner = weakref.ref(trainer)
 
     # ---------------------------------------------------------------- the registry
 

@@ -7,7 +7,6 @@ hyper-parameters' rows are made once and kept for as long as they hold.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -136,7 +135,7 @@ class Trainer(TrainerState):
                 f"{type(optimizer).__name__} has a {own[0]} of its own, which Trainer does not call; "
                 "expected a rule and hyper only, or use an Updater"
             )
-        if optimizer._owner() is not None:
+        if optimizer.owner is not None:
             raise ValueError(
                 "optimizer belongs to another Trainer, whose updates it counts; "
                 "expected one for each Trainer, such as copy.deepcopy(optimizer)"
@@ -159,7 +158,7 @@ class Trainer(TrainerState):
         self._captured: BoundParameters | None = None  # the last one of which a graph was captured
         device.check(self._arrays(range(len(self._names))).without_grads())
         self.freeze(freeze)
-        optimizer._owner = weakref.ref(self)
+        optimizer.give_to(self)
 
     # ---------------------------------------------------------------- steps
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +18,7 @@ from .core.turn import Claim, Turn
 from .cpu import threads
 from .cpu.row_sparse import RowSparse
 from .cpu.sums import as_plain
-from .io import checkpoint
+from .io import checkpoint, description
 from .optimizer import Optimizer
 
 
@@ -147,7 +146,7 @@ class TrainerState:
         }
         totals = zip(self._names, self._totals or (), strict=False)
         return {
-            "optimizer": checkpoint.describe(self.optimizer),
+            "optimizer": description.describe(self.optimizer),
             "parameters": parameters,
             "accumulated": {name: as_plain(total) for name, total in totals if total is not None},
             "skipped_steps": self.skipped_steps,
@@ -172,9 +171,9 @@ class TrainerState:
 
     def _taking_over(self, state_dict: Mapping[str, Any]) -> checkpoint.Calls:
         """What takes over a state dict that fits: whole or not at all, as none of it is written in Python."""
-        saved = checkpoint.saved(state_dict, self._names)
-        restoration = checkpoint.restoration(self.optimizer, saved.optimizer)
-        checkpoint.check_forms(self.optimizer, restoration.optimizer, self._params.values())
+        saved = description.saved(state_dict, self._names)
+        restoration = description.restoration(self.optimizer, saved.optimizer)
+        description.check_forms(self.optimizer, restoration.optimizer, self._params.values())
         pairs = []
         for name, entry in saved.parameters.items():
             what = f"state of parameter {name!r}"
@@ -242,7 +241,7 @@ class TrainerState:
         param_dict = state.pop("param_dict")
         vars(self).update(state)
         self._optimizer.param_dict = param_dict
-        self._optimizer._owner = weakref.ref(self)
+        self._optimizer.give_to(self)
 
     def __copy__(self) -> TrainerState:
         raise TypeError("a trainer's copy would count updates of the same arrays; use copy.deepcopy")

@@ -14,7 +14,7 @@ from .core.storage import EXPECTED, code_of, compute_dtype, state_dtype
 from .cpu import threads
 from .cpu.deferred import DeferredSteps
 from .errors import CheckpointError
-from .io import checkpoint
+from .io import checkpoint, description
 from .io.found import by_index, part, shown
 from .optimizer import Optimizer
 from .states import HasStates, check_lengths
@@ -84,7 +84,7 @@ class Updater:
         """
         arrays: checkpoint.Arrays = {}
         states = checkpoint.take_apart(list(map(list, self.states.items())), arrays)
-        optimizer = checkpoint.describe(self.optimizer) if dump_optimizer else None
+        optimizer = description.describe(self.optimizer) if dump_optimizer else None
         pending = self.optimizer.deferred_rows()
         values = {
             "states": states,
@@ -110,7 +110,7 @@ class Updater:
         calls: checkpoint.Calls = []
         described = part(values, "optimizer", (Mapping, type(None)), what)
         if described is not None:
-            optimizer, calls = checkpoint.restoration(optimizer, described)
+            optimizer, calls = description.restoration(optimizer, described)
         pending = by_index(part(values, "histories", list, what), "histories", partial(_recorded, optimizer))
         found = by_index(part(values, "states", list, what), "states", partial(_State.of, optimizer))
         for index, state in found.items():

@@ -81,7 +81,7 @@ def jitted(source, **options):
 
 
 def told(function):
-    return fingerprint.look(function).told
+    return fingerprint.look(function).complete
 
 
 def digest(function):

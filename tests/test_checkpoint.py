@@ -17,7 +17,7 @@ import safetensors.numpy
 
 import numba_opt
 from numba_opt import Trainer, lr_scheduler
-from numba_opt.io import checkpoint
+from numba_opt.io import checkpoint, description
 from numba_opt.io.checkpoint import CheckpointError
 
 from . import table
@@ -645,7 +645,7 @@ def test_updater_refuses_what_is_not_its_own(trainer, tmp_path):
     updater(0, np.ones(3), np.ones(3))
     adamax = numba_opt.get_updater(numba_opt.Adamax())
     adamax(0, np.ones(3), np.ones(3))
-    before = snapshot(updater.states[0]), checkpoint.describe(updater.optimizer)
+    before = snapshot(updater.states[0]), description.describe(updater.optimizer)
     for content, error, match in [
         ((tmp_path / "it").read_bytes(), CheckpointError, "not of an Updater"),
         (adamax.get_states(dump_optimizer=True), CheckpointError, "of Adamax.*NAG"),
@@ -656,7 +656,7 @@ def test_updater_refuses_what_is_not_its_own(trainer, tmp_path):
     ]:
         with pytest.raises(error, match=match):
             updater.set_states(content)
-        assert (snapshot(updater.states[0]), checkpoint.describe(updater.optimizer)) == before
+        assert (snapshot(updater.states[0]), description.describe(updater.optimizer)) == before
 
 
 def test_updater_is_left_alone_by_damaged_bytes():

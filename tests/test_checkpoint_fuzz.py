@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import numba_opt
 from numba_opt import lr_scheduler
-from numba_opt.io import checkpoint, tensor_file
+from numba_opt.io import checkpoint, description, tensor_file
 from numba_opt.io.checkpoint import CheckpointError
 
 from .interruptions import interrupted, moments
@@ -144,7 +144,7 @@ def updater_content():
 def described(updater):
     late = {i: history.rows() for i, history in updater.optimizer._deferred.items()}
     return snapshot(
-        [list(updater.states.items()), checkpoint.describe(updater.optimizer), list(late.items())]
+        [list(updater.states.items()), description.describe(updater.optimizer), list(late.items())]
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import numba_opt
 from numba_opt import lr_scheduler
-from numba_opt.io import checkpoint
+from numba_opt.io import checkpoint, description
 from numba_opt.io.checkpoint import CheckpointError
 
 from . import table
@@ -468,7 +468,7 @@ def test_indices_of_another_form(pairs, match):
 )
 def test_descriptions_of_another_form(name, value, match):
     updater, _ = trained(table.row("nag"))
-    described = checkpoint.describe(updater.optimizer) | {name: value}
+    described = description.describe(updater.optimizer) | {name: value}
     assert_refused(updater, content_of({0: A}, described), match)
     del described[name]
     assert_refused(updater, content_of({0: A}, described), f"lacks '{name}'")
@@ -488,7 +488,7 @@ def test_descriptions_of_another_form(name, value, match):
 def test_schedules_of_another_form(position, match):
     scheduler = lr_scheduler.MultiFactorScheduler([3, 5])
     updater, _ = trained(table.row("nag"), learning_rate=None, lr_scheduler=scheduler)
-    described = checkpoint.describe(updater.optimizer) | {"scheduler": ["MultiFactorScheduler", position]}
+    described = description.describe(updater.optimizer) | {"scheduler": ["MultiFactorScheduler", position]}
     before = dict(vars(scheduler))
     assert_refused(updater, content_of({0: A}, described), match)
     assert vars(scheduler) == before
@@ -497,7 +497,7 @@ def test_schedules_of_another_form(position, match):
 def test_coefficients_that_the_rule_does_not_take():
     """Of the centered RMSProp there is one more than the plain one's rule has."""
     updater, _ = trained(table.row("rmsprop"))
-    described = checkpoint.describe(updater.optimizer)
+    described = description.describe(updater.optimizer)
     described["hyper"]["centered"] = True
     assert_refused(updater, content_of({0: A}, described), r"takes 5 coefficients .* hyper returned 6")
 

@@ -29,7 +29,7 @@ from numba.core.runtime import rtsys
 from numba.misc.appdirs import AppDirs
 
 from . import interrupts, private, require_compiler
-from .fingerprint import UNTOLD
+from .fingerprint import INCOMPLETE
 from .fingerprint import fingerprint as fingerprint
 
 # No fastmath anywhere: it breaks NaN. The "numpy" error model lets loops with divisions vectorise
@@ -129,7 +129,7 @@ class KernelCache(caching.NullCache):
 def place(name: str, key: Any) -> Path:
     """Where something that was compiled is kept; its key, written out, must tell it from everything else."""
     text = repr(key)
-    home = Path(os.devnull) if UNTOLD in text else folder()  # no key, no place
+    home = Path(os.devnull) if INCOMPLETE in text else folder()  # no key, no place
     return home / f"{name}-{_digest(text.encode()).hex()}.nbc"
 
 

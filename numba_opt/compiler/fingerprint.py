@@ -13,18 +13,14 @@ half of the kernels could have the old values and half of them the new ones. So 
 from __future__ import annotations
 
 import builtins
-import dis
 import enum
 import hashlib
 import itertools
 import struct
-import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from operator import is_
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -34,25 +30,11 @@ from numba.core.caching import NullCache
 from numba.core.typing.templates import builtin_registry
 from numba.np.ufunc.dufunc import DUFunc
 
+from .code_names import attribute_names, global_names
+from .sources import OWN_FILES, PACKAGE, VERSIONED, is_of, is_own, known_name
+
 # Part of the fingerprint of a function that reaches what cannot be told. It differs in each process.
-UNTOLD = "untold"
-
-# Where compiled functions of this package are.
-PACKAGE = Path(__file__).parents[1]
-OWN = (
-    "scalar.py",
-    "core/columns.py",
-    "core/rules.py",
-    "core/storage.py",
-    "compiler/*.py",
-    "cpu/*.py",
-    "cuda/*.py",
-    "torch/counters.py",
-    "torch/dlpack.py",
-)
-
-# Packages whose functions need no look, as their versions, and Python's, are part of every kernel's key.
-VERSIONED = ("builtins", "numba", "llvmlite", "numpy")
+INCOMPLETE = "untold"
 
 LIMIT = 20_000  # values that are looked at; no rule reaches as many
 DEPTH = 60  # of calls within calls, and tuples within tuples
@@ -80,7 +62,7 @@ class Reached(NamedTuple):
     """A function, as it is at some time."""
 
     digest: str
-    told: bool  # whether the digest tells everything
+    complete: bool  # whether the digest tells everything
     names: Sequence[tuple[Callable[[str], Any], list[str], list[Any]]]  # who knows what it mentions, as what
     cells: Sequence[tuple[Any, Any]]
 
@@ -119,7 +101,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
         The function reaches something else than at the first look in this process.
     """
     found = look(function)
-    mark = "" if found.told else f" {UNTOLD} {next(_numbers)}"
+    mark = "" if found.complete else f" {INCOMPLETE} {next(_numbers)}"
     return hashlib.blake2b(SOURCES + found.digest.encode(), digest_size=16).hexdigest() + mark
 
 
@@ -138,7 +120,7 @@ def _survey(function: Callable[..., Any]) -> Reached:
     walk = _Walk()
     walk.start(function)
     fresh = [_is_fresh(*helper) for helper in walk.helpers]  # all of them are to be looked at in time
-    return Reached(walk.hash.hexdigest(), walk.told and all(fresh), _by_holder(walk.names), walk.cells)
+    return Reached(walk.hash.hexdigest(), walk.complete and all(fresh), _by_holder(walk.names), walk.cells)
 
 
 def _by_holder(
@@ -172,7 +154,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.hash = hashlib.blake2b(digest_size=16)
-        self.told = True
+        self.complete = True
         self.alone = True  # whether it reaches nothing that could change without the code
         self.helpers: list[tuple[Any, Any, bool]] = []  # those that Numba may have compiled before
         self.names: list[tuple[dict[str, Any], str, Any]] = []
@@ -185,7 +167,7 @@ class _Walk:
         try:
             self.value(value)
         except _TooMuch:
-            self.told = self.alone = False
+            self.complete = self.alone = False
             self.hash = hashlib.blake2b(str(id(value)).encode(), digest_size=16)
 
     def feed(self, kind: str, *pieces: bytes) -> None:
@@ -209,8 +191,8 @@ class _Walk:
             self.feed(type(value).__name__, plain(value))
         elif isinstance(value, types.CodeType):
             self._code(value)
-        elif _known(value):
-            self.feed("known", _known(value).encode())
+        elif known_name(value):
+            self.feed("known", known_name(value).encode())
             self._overloads(value)
         elif isinstance(value, (tuple, frozenset, set, list, dict)):
             self._collection(value)
@@ -239,7 +221,7 @@ class _Walk:
             self.feed("intrinsic")
             self.value(value._defn)
         else:
-            self.told = self.alone = False
+            self.complete = self.alone = False
             self.feed("untold", str(id(value)).encode())
 
     def _again(self, value: Any, *how: Any) -> bool:
@@ -306,7 +288,7 @@ class _Walk:
         self._code(function.__code__)
         self.value(function.__defaults__)
         self.value(function.__kwdefaults__)
-        attributes = _attributes(function.__code__)
+        attributes = attribute_names(function.__code__)
         for name in global_names(function.__code__):
             self.feed("global", name.encode())
             if name in function.__globals__:
@@ -334,7 +316,7 @@ class _Walk:
         if isinstance(value, types.ModuleType):
             self._module(value, attributes)
             return
-        self.alone = self.alone and bool(_known(value))
+        self.alone = self.alone and bool(known_name(value))
         self.value(value)
 
     def _module(self, module: types.ModuleType, attributes: tuple[str, ...]) -> None:
@@ -367,7 +349,7 @@ class _Walk:
         compiled = False
         for template in _templates(function):
             source = getattr(template, "_overload_func", None)
-            if source is None or _known(source) or _is_own(source):
+            if source is None or known_name(source) or is_own(source):
                 continue
             compiled = compiled or bool(getattr(template, "_impl_cache", False))
             options = {k: v for k, v in template._jit_options.items() if USUAL.get(k) != v}
@@ -375,17 +357,10 @@ class _Walk:
             if options or inline != "never":
                 self.value(options)
                 self.value(inline)
-            if not _is_of(source, VERSIONED):  # else `register_jitable` has made it, of the function itself
+            if not is_of(source, VERSIONED):  # else `register_jitable` has made it, of the function itself
                 self.value(source)
                 self.helpers.append((source, source, compiled))
         return compiled
-
-
-# The package's files that kernels are made of, and their modules.
-OWN_FILES = sorted(path for pattern in OWN for path in PACKAGE.glob(pattern))
-OWN_MODULES = frozenset(
-    ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)) for path in OWN_FILES
-)
 
 
 def _own_sources() -> bytes:
@@ -399,54 +374,12 @@ def _own_sources() -> bytes:
 SOURCES = _own_sources()
 
 
-@lru_cache(256)  # taking a function apart takes longer than all else that a look at it does
-def global_names(code: types.CodeType) -> tuple[str, ...]:
-    """The global names that a function looks up, nested functions included."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return tuple(sorted(found.union(*map(global_names, _nested(code)))))
-
-
-def _attributes(code: types.CodeType) -> tuple[str, ...]:
-    """The names that a function may ask modules for, nested functions included."""
-    return tuple(sorted({*code.co_names}.union(*map(_attributes, _nested(code)))))
-
-
-def _nested(code: types.CodeType) -> Iterable[types.CodeType]:
-    return [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-
-
 def _content(cell: Any) -> Any:
     """What a closure's cell holds; an empty one, itself."""
     try:
         return cell.cell_contents
     except ValueError:
         return cell
-
-
-def _known(value: Any) -> str:
-    """The name of what a versioned package, or this one's loops, has under that name; else empty."""
-    if isinstance(value, types.BuiltinFunctionType):
-        owner = value.__self__
-        if owner is None or isinstance(owner, types.ModuleType):
-            return f"{value.__module__}.{value.__qualname__}"
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if not (isinstance(module, str) and isinstance(name, str)):
-        return ""
-    if not (_is_of(value, VERSIONED) or _is_own(value)):
-        return ""
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return f"{module}.{name}" if found is value else ""
-
-
-def _is_of(value: Any, packages: Sequence[str]) -> bool:
-    return str(value.__module__).partition(".")[0] in packages
-
-
-def _is_own(value: Any) -> bool:
-    """Whether something is in a file that is part of every fingerprint."""
-    return value.__module__ in OWN_MODULES
 
 
 _indexed: dict[int, list[Any]] = {}

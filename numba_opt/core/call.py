@@ -148,7 +148,7 @@ class Call(NamedTuple):
         return [partial(operator.setitem, array, ..., work) for array, work in self.replaced]
 
 
-def line(counts: np.ndarray) -> np.ndarray:
+def line_starts(counts: np.ndarray) -> np.ndarray:
     """Where each one's part of a kernel's long line begins, and where the line ends."""
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
@@ -164,7 +164,7 @@ def tables(scan: Scan, n_state: int, state_storage: str = "") -> list[Table]:
         if layout is not None:
             members = np.flatnonzero(scan.storages == packed)
             addresses = scan.addresses if len(kinds) == 1 else scan.addresses[members]
-            result.append(Table(layout, members, addresses, line(scan.sizes[members])))
+            result.append(Table(layout, members, addresses, line_starts(scan.sizes[members])))
     return result
 
 

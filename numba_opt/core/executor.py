@@ -13,6 +13,8 @@ from .call import Arrays, Call
 from .rules import Rule
 from .step_rows import NormLimit, Outcome, StepRows
 
+Limit = NormLimit | None
+Before = Callable[[], None] | None
 After = Sequence[partial[Any]]  # what counts a step, none of it written in Python
 
 
@@ -45,14 +47,7 @@ class Executor(ABC):
         """Follow the scans of the calls, in which addresses have changed."""
 
     @abstractmethod
-    def run(
-        self,
-        rows: StepRows,
-        limit: NormLimit | None = None,
-        *,
-        before: Callable[[], None] | None = None,
-        after: After = (),
-    ) -> Outcome:
+    def run(self, rows: StepRows, limit: Limit = None, before: Before = None, after: After = ()) -> Outcome:
         """Make a step wholly or, if anything comes first, not at all.
 
         Parameters

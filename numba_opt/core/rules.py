@@ -22,6 +22,7 @@ from numba.core import errors
 from numba.core import types as numba_types
 
 from ..compiler import cache, fingerprint
+from ..compiler.code_names import global_names
 
 STARS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -294,7 +295,7 @@ def _check_arguments(rule: Rule, states: Sequence[str], what: str) -> None:
     given = names[2 : 2 + len(states)]
     if sorted(given) == sorted(states) and given != states:
         raise TypeError(f"{takes}: its states are in another order")
-    for name in fingerprint.global_names(code):
+    for name in global_names(code):
         if name not in function.__globals__ and not hasattr(builtins, name):
             raise TypeError(f"{what} uses {name!r}, which is not defined")
 

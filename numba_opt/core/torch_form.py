@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -20,13 +21,39 @@ class Variant(NamedTuple):
     hyper: Callable[[float, int], tuple[float, ...]]  # hyper-parameters, from learning rate and update
 
 
+# What all classes' docstrings have in common.
+PARAMS = """params : iterable of Tensor, of (str, Tensor) or of dict
+    Parameters, named ones, or groups with options of their own.
+"""
+OPTIONS = """maximize : bool, default False
+formula : {{"torch", "mxnet"}}, default "torch"
+    "mxnet" is the formula of `numba_opt.{name}`, with that class's options and states.
+**options
+    Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
+    ``fused`` are accepted and change nothing.
+
+Raises
+------
+TypeError, ValueError
+    An option is unknown or out of range; a parameter is of another dtype than float32, float64, float16
+    or bfloat16, or neither on the CPU nor on an NVIDIA GPU.
+CudaUnavailableError
+    A parameter is on a GPU, and what that takes is not installed: extra ``cuda`` or ``cuda12``.
+
+"""
+
+
+EXAMPLES = "Examples\n--------\n"
+
+
 class TorchForm:
     """A class that `numba_opt.torch` offers under an optimizer's name.
 
     Attributes
     ----------
     documentation : str
-        The class's docstring.
+        The class's docstring, but for what all of them have in common: parameters that are no options of its
+        formula, and errors.
     options : dict
         Names and defaults of the constructor's options, in their order.
     keywords : tuple of str
@@ -42,6 +69,16 @@ class TorchForm:
     keywords: ClassVar[tuple[str, ...]] = ("maximize",)
     counted: ClassVar[bool] = True
     rules: ClassVar[tuple[tuple[Callable[..., Any], int], ...]] = ()
+
+    @classmethod
+    def docstring(cls, optimizer: type) -> str:
+        """The docstring of the torch class of an optimizer, whose references are the optimizer's."""
+        start, heading, rest = inspect.cleandoc(cls.documentation).partition("Parameters\n----------\n")
+        own, _, end = rest.partition("\n\n")
+        _, title, references = inspect.cleandoc(optimizer.__doc__ or "").partition("References\n----------\n")
+        if title and title not in end:
+            end = f"{title}{references.partition(EXAMPLES)[0]}{end}"
+        return f"{start}{heading}{PARAMS}{own}\n{OPTIONS.format(name=optimizer.__name__)}{end}"
 
     @classmethod
     def variant(cls, group: Mapping[str, Any]) -> Variant | None:

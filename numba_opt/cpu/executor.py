@@ -6,7 +6,7 @@ compile, and kernels are all compiled before the first one writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ import numpy as np
 from ..core import rules
 from ..core.call import Arrays, Call, Table, moved
 from ..core.columns import GRAD, ROW, WIDTH
-from ..core.executor import After, Executor
+from ..core.executor import After, Before, Executor, Limit
 from ..core.rules import Rule
-from ..core.step_rows import NormLimit, Outcome, StepRows
+from ..core.step_rows import Outcome, StepRows
 from ..core.storage import TouchedForm
 from . import loops, ndarray, reference, row_loops, threads
 from .norm import gradient_norm
@@ -103,14 +103,7 @@ class CpuExecutor(Executor):
         if not self._plain:
             self._call = None
 
-    def run(
-        self,
-        rows: StepRows,
-        limit: NormLimit | None = None,
-        *,
-        before: Callable[[], None] | None = None,
-        after: After = (),
-    ) -> Outcome:
+    def run(self, rows: StepRows, limit: Limit = None, before: Before = None, after: After = ()) -> Outcome:
         assert before is None  # what is accumulated on the CPU has been added in copies
         call = self._call
         assert call is not None

@@ -21,7 +21,7 @@ import numpy as np
 from ..compiler import interrupts
 from ..core.call import Arrays, moved
 from ..core.columns import GRAD
-from ..core.executor import After, Executor
+from ..core.executor import After, Before, Executor, Limit
 from ..core.rules import Rule
 from ..core.step_rows import NormLimit, Outcome, StepRows
 from ..cpu import threads
@@ -112,14 +112,7 @@ class CudaExecutor(Executor):
 
     # ---------------------------------------------------------------- steps
 
-    def run(
-        self,
-        rows: StepRows,
-        limit: NormLimit | None = None,
-        *,
-        before: Callable[[], None] | None = None,
-        after: After = (),
-    ) -> Outcome:
+    def run(self, rows: StepRows, limit: Limit = None, before: Before = None, after: After = ()) -> Outcome:
         with interrupts.defer_signals():
             launch, captured = self.launching(rows, limit)
             if before is not None:

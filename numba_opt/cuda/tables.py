@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.call import Call, Table, line
+from ..core.call import Call, Table, line_starts
 from ..core.columns import CUDA_HEIGHT, CUDA_INDICES, CUDA_KEYS, ROW, WIDTH
 from ..core.rules import Rule
 from ..core.storage import Layout, TouchedForm
@@ -22,7 +22,9 @@ class DeviceTable(NamedTuple):
     kind: tuple[Any, ...]  # how the arrays are stored, and the form of sparse gradients
     members: list[int]
     entries: np.ndarray
-    lines: np.ndarray  # of elements, of units, of units whose squares are summed (`numba_opt.core.call.line`)
+    lines: (
+        np.ndarray
+    )  # of elements, of units, of units whose squares are summed (as `line_starts` gives them)
     kernel: Any
     squares: Any
     by_warps: tuple[bool, bool]  # whether warps take the units of these, and not blocks
@@ -42,7 +44,7 @@ def dense_table(rule: Rule, table: Table) -> DeviceTable:
     sizes = np.diff(table.offsets)
     chunks = -(-sizes // loops.CHUNK)
     rows = sizes // np.maximum(table.addresses[:, WIDTH].astype(np.int64), 1)
-    lines = np.stack([table.offsets, line(rows if rule.per_row else chunks), line(chunks)])
+    lines = np.stack([table.offsets, line_starts(rows if rule.per_row else chunks), line_starts(chunks)])
     kernel, squares = loops.dense(rule, table.layout), loops.squares(table.layout.grad)
     by_warps = (rule.per_row, False)
     kind, members = (table.layout,), table.members.tolist()
@@ -63,8 +65,8 @@ def row_tables(call: Call) -> Iterator[DeviceTable]:
             entries.append([*head, *own, tensor_id, width, 0])
             units.append(touched[t].updating[1] if width else 0)
             sums.append(touched[t].units if width else 0)
-        starts = line(np.array(units))
-        lines = np.stack([starts, starts, line(np.array(sums))])
+        starts = line_starts(np.array(units))
+        lines = np.stack([starts, starts, line_starts(np.array(sums))])
         kernel = loops.rows(rule, layout, form)
         squares = loops.row_squares(layout.compute, touched[members[0]].form)
         words = np.array(entries, np.uint64)
@@ -87,7 +89,7 @@ def pending_tables(call: Call, pending: Sequence[int]) -> Iterator[DeviceTable]:
             own, tensor_id, width = call.own(t)
             entries.append([0, 0, 0, 0, call.height(t), 0, *_pending(call, t), *own, tensor_id, width, 0])
         kernel = loops.catch_up(call.rule, layout, TouchedForm("none", layout.weight))
-        lines = np.stack([line(np.array([call.height(t) for t in members]))] * 3)
+        lines = np.stack([line_starts(np.array([call.height(t) for t in members]))] * 3)
         words = np.array(entries, np.uint64)
         yield DeviceTable(("pending", layout), members, words, lines, kernel, None, (True, True))
 
@@ -165,12 +167,12 @@ class PlacedTable:
             first, columns, *_, tensors = arguments[:5]
             self.updates.append(self._over(table.record, tensors, (first, columns, tensors, *buffer)))
 
-    def _arguments(self, which_line: int) -> tuple[int, ...]:
+    def _arguments(self, line: int) -> tuple[int, ...]:
         """The table, its columns, the lines, and how many tensors there are."""
         table = self._mirror.memory.address
         tensors, columns = self.table.entries.shape
         offsets = table + 8 * self.table.entries.size
-        return table, columns, offsets, offsets + 8 * which_line * (tensors + 1), tensors
+        return table, columns, offsets, offsets + 8 * line * (tensors + 1), tensors
 
     @property
     def sums(self) -> int:

@@ -13,15 +13,15 @@ from ..scalar import absolute, maximum
 __all__ = ["Adamax"]
 
 
-def adamax(weight, grad, mean, var, lr, beta1, rest1, beta2, epsilon):
-    mean = beta1 * mean + rest1 * grad
+def adamax(weight, grad, mean, var, lr, beta1, one_minus_beta1, beta2, epsilon):
+    mean = beta1 * mean + one_minus_beta1 * grad
     var = maximum(beta2 * var, absolute(grad))
     return weight - lr * mean / (var + epsilon), mean, var
 
 
-def torch_adamax(weight, grad, exp_avg, exp_inf, lr, rest1, beta2, eps):
+def torch_adamax(weight, grad, exp_avg, exp_inf, lr, one_minus_beta1, beta2, eps):
     """torch.optim.Adamax: `eps` is part of the largest magnitude instead of being added to it."""
-    exp_avg = exp_avg + rest1 * (grad - exp_avg)
+    exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
     exp_inf = maximum(beta2 * exp_inf, absolute(grad) + eps)
     return weight - lr * exp_avg / exp_inf, exp_avg, exp_inf
 
@@ -38,29 +38,11 @@ class TorchAdamax(TorchForm):
 
     Parameters
     ----------
-    params : iterable of Tensor, of (str, Tensor) or of dict
-        Parameters, named ones, or groups with options of their own.
     lr : float or Tensor, default 0.002
     betas : tuple of two floats, default (0.9, 0.999)
         Decays of the mean and of the largest magnitude, in [0, 1).
     eps : float, default 1e-8
     weight_decay : float, default 0
-    maximize : bool, default False
-    formula : {"torch", "mxnet"}, default "torch"
-        "mxnet" is the formula of `numba_opt.Adamax`, with that class's options and states.
-    **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
-        ``fused`` are accepted and change nothing.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `NAG`.
-
-    References
-    ----------
-    D. P. Kingma and J. Ba, "Adam: a method for stochastic optimization",
-    https://arxiv.org/abs/1412.6980, section 7.1.
 
     Examples
     --------

@@ -13,18 +13,20 @@ from ..scalar import sqrt, where
 __all__ = ["FTML"]
 
 
-def ftml(weight, grad, d, v, z, gain, beta1, rest1, beta2, rest2, unbias2, epsilon):
-    v = beta2 * v + rest2 * grad * grad
-    d_next = gain * (sqrt(v * unbias2) + epsilon)
-    z_next = beta1 * z + rest1 * grad - (d_next - beta1 * d) * weight
-    moves = gain > 0  # not at learning rate 0
-    return where(moves, -z_next / d_next, weight), where(moves, d_next, d), v, where(moves, z_next, z)
+def ftml(
+    weight, grad, d, v, z, inverse_lr, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, epsilon
+):
+    v = beta2 * v + one_minus_beta2 * grad * grad
+    d_next = inverse_lr * (sqrt(v * correction2) + epsilon)
+    z_next = beta1 * z + one_minus_beta1 * grad - (d_next - beta1 * d) * weight
+    learns = inverse_lr > 0  # it is 0 at learning rate 0
+    return where(learns, -z_next / d_next, weight), where(learns, d_next, d), v, where(learns, z_next, z)
 
 
-def reduced_ftml(weight, grad, v, rate, beta2, rest2, unbias2, epsilon):
-    v = beta2 * v + rest2 * grad * grad
-    moved = weight - rate * grad / (sqrt(v * unbias2) + epsilon)
-    return where(rate > 0, moved, weight), v
+def reduced_ftml(weight, grad, v, step_size, beta2, one_minus_beta2, correction2, epsilon):
+    v = beta2 * v + one_minus_beta2 * grad * grad
+    moved = weight - step_size * grad / (sqrt(v * correction2) + epsilon)
+    return where(step_size > 0, moved, weight), v
 
 
 class TorchFTML(TorchForm):
@@ -32,29 +34,11 @@ class TorchFTML(TorchForm):
 
     Parameters
     ----------
-    params : iterable of Tensor, of (str, Tensor) or of dict
-        Parameters, named ones, or groups with options of their own.
     lr : float or Tensor, default 0.0025
     betas : tuple of two floats, default (0.6, 0.999)
         In [0, 1).
     eps : float, default 1e-8
     weight_decay : float, default 0
-    maximize : bool, default False
-    formula : {"torch", "mxnet"}, default "torch"
-        Whether options have torch's names or those of `numba_opt.FTML`. The formula is the same.
-    **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
-        ``fused`` are accepted and change nothing.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `NAG`.
-
-    References
-    ----------
-    S. Zheng and J. T. Kwok, "Follow the moving leader in deep learning", ICML 2017,
-    https://proceedings.mlr.press/v70/zheng17a.html.
 
     Examples
     --------
@@ -175,7 +159,7 @@ class FTML(Optimizer):
 
     def hyper(self, lr: float, t: int) -> tuple[float, ...]:
         beta1, beta2 = self.beta1, self.beta2
-        second = beta2, 1 - beta2, 1 / (1 - beta2**t), self.epsilon
+        second_moment = beta2, 1 - beta2, 1 / (1 - beta2**t), self.epsilon
         if self.reduced:
-            return (1 - beta1) * lr / (1 - beta1**t), *second
-        return (1 - beta1**t) / lr if lr else 0.0, beta1, 1 - beta1, *second
+            return (1 - beta1) * lr / (1 - beta1**t), *second_moment
+        return (1 - beta1**t) / lr if lr else 0.0, beta1, 1 - beta1, *second_moment

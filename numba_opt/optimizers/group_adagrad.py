@@ -28,26 +28,12 @@ class TorchGroupAdaGrad(TorchForm):
 
     Parameters
     ----------
-    params : iterable of Tensor, of (str, Tensor) or of dict
-        Matrices, named ones, or groups with options of their own.
     lr : float or Tensor, default 0.01
     eps : float, default 1e-6
-    maximize : bool, default False
-    formula : {"torch", "mxnet"}, default "torch"
-        Whether options have torch's names or those of `numba_opt.GroupAdaGrad`. The formula is the same.
-    **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
-        ``fused`` are accepted and change nothing.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As for `NAG`, or a parameter is not a matrix.
-
-    References
-    ----------
-    J. Duchi, E. Hazan and Y. Singer, "Adaptive subgradient methods for online learning and stochastic
-    optimization", JMLR 12, 2011, https://jmlr.org/papers/v12/duchi11a.html.
+    Notes
+    -----
+    Parameters that are no matrices are refused.
 
     Examples
     --------

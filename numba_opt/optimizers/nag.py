@@ -38,32 +38,12 @@ class TorchNAG(TorchForm):
 
     Parameters
     ----------
-    params : iterable of Tensor, of (str, Tensor) or of dict
-        Parameters, named ones, or groups with options of their own.
     lr : float or Tensor, default 0.001
     momentum : float, default 0.9
         Above 0. (SGD's default of 0 is refused there, too, with ``nesterov=True``.)
     dampening : float, default 0
         Must be 0, as in SGD with ``nesterov=True``.
     weight_decay : float, default 0
-    maximize : bool, default False
-    formula : {"torch", "mxnet"}, default "torch"
-        "mxnet" is the formula of `numba_opt.NAG`, with that class's options and state.
-    **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
-        ``fused`` are accepted and change nothing.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An option is unknown or out of range; a parameter is of another dtype than float32, float64, float16
-        or bfloat16, or neither on the CPU nor on an NVIDIA GPU.
-    CudaUnavailableError
-        A parameter is on a GPU, and what that takes is not installed: extra ``cuda`` or ``cuda12``.
-
-    References
-    ----------
-    I. Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013.
 
     Examples
     --------

@@ -14,14 +14,14 @@ from ..scalar import clip, maximum, sqrt
 __all__ = ["RMSProp"]
 
 
-def rmsprop(weight, grad, var, lr, rho, rest, epsilon, bound):
-    var = rho * var + rest * grad * grad
+def rmsprop(weight, grad, var, lr, rho, one_minus_rho, epsilon, bound):
+    var = rho * var + one_minus_rho * grad * grad
     return clip(weight - lr * grad / (sqrt(var) + epsilon), bound), var
 
 
-def centered_rmsprop(weight, grad, mean, var, mom, lr, rho, rest, epsilon, bound, momentum):
-    mean = rho * mean + rest * grad
-    var = rho * var + rest * grad * grad
+def centered_rmsprop(weight, grad, mean, var, mom, lr, rho, one_minus_rho, epsilon, bound, momentum):
+    mean = rho * mean + one_minus_rho * grad
+    var = rho * var + one_minus_rho * grad * grad
     mom = momentum * mom - lr * grad / sqrt(maximum(var - mean * mean, 0) + epsilon)
     return clip(weight + mom, bound), mean, var, mom
 
@@ -29,27 +29,27 @@ def centered_rmsprop(weight, grad, mean, var, mom, lr, rho, rest, epsilon, bound
 # torch.optim.RMSprop's other variants; its plain one is `rmsprop`, without a bound.
 
 
-def momentum_rmsprop(weight, grad, square_avg, momentum_buffer, lr, alpha, rest, eps, momentum):
+def momentum_rmsprop(weight, grad, square_avg, momentum_buffer, lr, alpha, one_minus_alpha, eps, momentum):
     """Momentum gathers the steps, and the learning rate applies to all of it: torch's ``momentum``."""
-    square_avg = alpha * square_avg + rest * grad * grad
+    square_avg = alpha * square_avg + one_minus_alpha * grad * grad
     momentum_buffer = momentum * momentum_buffer + grad / (sqrt(square_avg) + eps)
     return weight - lr * momentum_buffer, square_avg, momentum_buffer
 
 
-def deviation_rmsprop(weight, grad, square_avg, grad_avg, lr, alpha, rest, eps):
+def deviation_rmsprop(weight, grad, square_avg, grad_avg, lr, alpha, one_minus_alpha, eps):
     """Gradients are divided by their standard deviation, `eps` outside the root: torch's ``centered``."""
-    square_avg = alpha * square_avg + rest * grad * grad
-    grad_avg = grad_avg + rest * (grad - grad_avg)
+    square_avg = alpha * square_avg + one_minus_alpha * grad * grad
+    grad_avg = grad_avg + one_minus_alpha * (grad - grad_avg)
     deviation = sqrt(maximum(square_avg - grad_avg * grad_avg, 0))
     return weight - lr * grad / (deviation + eps), square_avg, grad_avg
 
 
 def momentum_deviation_rmsprop(
-    weight, grad, square_avg, momentum_buffer, grad_avg, lr, alpha, rest, eps, momentum
+    weight, grad, square_avg, momentum_buffer, grad_avg, lr, alpha, one_minus_alpha, eps, momentum
 ):
     """Both: torch's ``centered`` with ``momentum``."""
-    square_avg = alpha * square_avg + rest * grad * grad
-    grad_avg = grad_avg + rest * (grad - grad_avg)
+    square_avg = alpha * square_avg + one_minus_alpha * grad * grad
+    grad_avg = grad_avg + one_minus_alpha * (grad - grad_avg)
     deviation = sqrt(maximum(square_avg - grad_avg * grad_avg, 0))
     momentum_buffer = momentum * momentum_buffer + grad / (deviation + eps)
     return weight - lr * momentum_buffer, square_avg, momentum_buffer, grad_avg
@@ -74,8 +74,6 @@ class TorchRMSProp(TorchForm):
 
     Parameters
     ----------
-    params : iterable of Tensor, of (str, Tensor) or of dict
-        Parameters, named ones, or groups with options of their own.
     lr : float or Tensor, default 0.01
     alpha : float, default 0.99
         Decay of the running means.
@@ -84,17 +82,6 @@ class TorchRMSProp(TorchForm):
     momentum : float, default 0
     centered : bool, default False
         Divide by the standard deviation instead of the root mean square.
-    maximize : bool, default False
-    formula : {"torch", "mxnet"}, default "torch"
-        "mxnet" is the formula of `numba_opt.RMSProp`, with that class's options and states.
-    **options
-        Those of ``formula="mxnet"``; ``lr`` may be called ``learning_rate``. torch's ``foreach`` and
-        ``fused`` are accepted and change nothing.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `NAG`.
 
     Notes
     -----

@@ -172,10 +172,10 @@ class Batch:
         self.orders = [
             in_order(weight, by_row=rule.per_row or t in self.touched) for t, weight in enumerate(weights)
         ]
-        self.odd: list[int] = []  # positions of gradients that lie otherwise than their weights
+        self.copied: list[int] = []  # positions of gradients that lie otherwise than their weights
         columns[0] = self._dense(grads)
         work = [list(map(laid_out, column, self.orders)) for column in columns[:n_column]]
-        self.odd = [t for t, grad in enumerate(columns[0]) if work[0][t] is not grad]
+        self.copied = [t for t, grad in enumerate(columns[0]) if work[0][t] is not grad]
         columns[0] = work[0]
         self.replaced = [  # as what writes the copies back
             write_back(given, array)
@@ -231,7 +231,7 @@ class Batch:
         found = list(grads)
         for t in self.sparse:
             found[t] = None
-        for t in self.odd:
+        for t in self.copied:
             found[t] = laid_out(found[t], self.orders[t])
         return found
 
@@ -271,7 +271,7 @@ class Batch:
             if grads[t].layout != torch.sparse_coo:
                 return False
             check_gradient(grads[t], columns[1][t], f"gradient of {self.labels[t]}")
-        for t in self.odd:  # they are copied
+        for t in self.copied:  # they are copied
             grad = check_gradient(grads[t], columns[1][t], f"gradient of {self.labels[t]}")
             if grad.layout != torch.strided:
                 return False

@@ -33,7 +33,7 @@ int64, uint64 = np.int64, np.uint64
 
 
 @functools.cache
-def asker(cls: type) -> int:
+def exchange_function(cls: type) -> int:
     """The address of a class's function that fills a `DLTensor`; 0 if there is none of a known version."""
     capsule = getattr(cls, "__dlpack_c_exchange_api__", None)
     if capsule is None or ctypes.sizeof(ctypes.c_void_p) != 8:
@@ -91,11 +91,11 @@ def renew(row, k, value):
 def look(objects, functions, none, seen, filled):
     """Describe the tensors with these ids, and say how that differs from what has been seen of them.
 
-    `functions` are the address of `asker`, those of the functions for the size of a storage and for how many
-    elements of it come before a tensor, and where a tensor's C++ object says what it is. `seen` has a row of
-    ``HEAD + 2 * room`` numbers for each tensor, all 0 for the object `none`. The answer is SAME; MOVED if
-    only addresses changed, or the room there; CHANGED; or UNSUPPORTED if a tensor cannot be described in the
-    dimensions that there are. `filled` is room for a `DLTensor` and two numbers.
+    `functions` are the address of `exchange_function`, those of the functions for the size of a storage and
+    for how many elements of it come before a tensor, and where a tensor's C++ object says what it is. `seen`
+    has a row of ``HEAD + 2 * room`` numbers for each tensor, all 0 for the object `none`. The answer is
+    SAME; MOVED if only addresses changed, or the room there; CHANGED; or UNSUPPORTED if a tensor cannot be
+    described in the dimensions that there are. `filled` is room for a `DLTensor` and two numbers.
     """
     dims = (seen.shape[2] - HEAD) // 2
     at = filled.ctypes.data

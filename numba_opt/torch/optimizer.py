@@ -339,7 +339,7 @@ def class_of(own: type[optimizer.Optimizer]) -> type[Optimizer]:
         ]
     )
     content = {
-        "__doc__": form.documentation,
+        "__doc__": form.docstring(own),
         "__module__": __package__,
         "__signature__": signature,
         "own": own,

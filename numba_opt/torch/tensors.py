@@ -343,7 +343,7 @@ def _functions() -> np.ndarray | None:
     some = [blank(5, 3, dtype=dtype)[1:].t() for dtype in CODE_OF]
     some += [torch._neg_view(blank(5, 3)).t(), blank(40)[3:18].view(3, 5)]
     library = dlpack.library(torch._C.__file__)
-    found = [dlpack.asker(Tensor)]
+    found = [dlpack.exchange_function(Tensor)]
     found += [dlpack.address_of(library, f"aoti_torch_get_storage_{what}") for what in ("size", "offset")]
     if not all(found) or not all(x._cdata == dlpack.words(id(x) + ndarray.HEADER, 1)[0] for x in some):
         return None

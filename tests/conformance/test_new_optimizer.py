@@ -29,9 +29,9 @@ from numba_opt.core.torch_form import TorchForm, betas, number
 from numba_opt.scalar import sign, sqrt
 
 
-def yogi(weight, grad, mean, var, lr, beta1, rest1, rest2, epsilon):
-    mean = beta1 * mean + rest1 * grad
-    var = var - rest2 * sign(var - grad * grad) * grad * grad
+def yogi(weight, grad, mean, var, lr, beta1, one_minus_beta1, one_minus_beta2, epsilon):
+    mean = beta1 * mean + one_minus_beta1 * grad
+    var = var - one_minus_beta2 * sign(var - grad * grad) * grad * grad
     return weight - lr * mean / (sqrt(var) + epsilon), mean, var
 
 

@@ -33,7 +33,7 @@ HOST = (
 )
 FOR_THE_HOST = {
     *("cpu", "torch"),
-    *(f"compiler/{name}.py" for name in ("cache", "fingerprint", "interrupts", "private")),
+    *(f"compiler/{name}.py" for name in ("cache", "fingerprint", "interrupts", "private", "sources")),
     *(f"cuda/{name}.py" for name in HOST),
 }
 THIS_PROCESS = secrets.token_hex(8)  # alone uses kernels whose rules reach what no fingerprint tells
@@ -104,7 +104,7 @@ def _path(kernel: Any, capability: tuple[int, int]) -> Path:
 
     rules = [look(part.function) for part in kernel.key if isinstance(part, Rule)]
     others = [part[1:] if isinstance(part, Rule) else part for part in kernel.key]
-    alone = "" if all(rule.told for rule in rules) else THIS_PROCESS
+    alone = "" if all(rule.complete for rule in rules) else THIS_PROCESS
     name = _digest(repr((others, [rule.digest for rule in rules], capability, alone)).encode())
     return _folder() / f"{kernel.key[0]}-{capability[0]}{capability[1]}-{name}.ptx"
 
@@ -112,7 +112,7 @@ def _path(kernel: Any, capability: tuple[int, int]) -> Path:
 @cache
 def _folder() -> Path:
     """Where kernels of the package's sources as they are go; those of the oldest states are thrown away."""
-    from numba_opt.compiler.fingerprint import OWN_FILES, PACKAGE
+    from numba_opt.compiler.sources import OWN_FILES, PACKAGE
     from numba_opt.cuda import code as cuda_code
 
     names = {path.relative_to(PACKAGE): path for path in OWN_FILES}
