@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from . import arguments, device
@@ -310,9 +309,13 @@ class Optimizer(HasStates):
         masters, fused = self.multi_precision, self.use_fused_step
         arrays = self.call_arrays(indices, weights, nothing, states, masters, fused).without_grads()
         if arrays.last_steps:
-            with self._executor(arrays, indices) as executor:
+            executor, kept = self._take_executor(arrays, indices)
+            try:
                 executor.refresh(self.with_deferred(arrays, indices))
                 executor.flush()
+            finally:
+                executor.release()
+                kept.append(executor)
 
     def _step(
         self,
@@ -329,28 +332,29 @@ class Optimizer(HasStates):
         arrays = self.call_arrays(indices, weights, grads, states, masters, fused)
         if not indices:
             return
-        with self._executor(arrays, indices) as executor:
+        executor, kept = self._take_executor(arrays, indices)
+        try:
             executor.refresh(self.with_deferred(arrays, indices))
             executor.run(plan.rows, after=plan.counting)
+        finally:
+            executor.release()
+            kept.append(executor)
 
-    @contextmanager
-    def _executor(self, arrays: Arrays, indices: Sequence[Index]) -> Iterator[Executor]:
-        """What makes steps of some arrays, kept for the next call that is like this one."""
+    def _take_executor(self, arrays: Arrays, indices: Sequence[Index]) -> tuple[Executor, list[Executor]]:
+        """Return an executor for some arrays, and where to put it for the next call like this one.
+
+        Whoever takes it has it alone, as other threads may use this optimizer.
+        """
         on_cuda = any(map(device.on_cuda, arrays.weights))
         # On GPUs tables are kept for the very same parameters.
         served = (arrays.rule, *(indices if on_cuda else (len(arrays.columns), len(indices))))
         if not on_cuda and len(self._executors) > KEPT:  # calls of ever other sizes
             self._executors.clear()
         kept = self._executors.setdefault((on_cuda, served), [])
-        try:  # whoever takes it has it alone: other threads may use this optimizer
-            executor = kept.pop()
-        except IndexError:
-            executor = device.executor_for(arrays.weights, arrays.rule, graphs=False)
         try:
-            yield executor
-        finally:
-            executor.release()
-            kept.append(executor)
+            return kept.pop(), kept
+        except IndexError:
+            return device.executor_for(arrays.weights, arrays.rule, graphs=False), kept
 
     def check_call(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Refuse what `update_multi_precision` would refuse; nothing is changed."""

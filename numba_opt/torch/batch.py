@@ -345,12 +345,13 @@ class Batch:
                 raise ValueError(
                     f"state 'step' of {self.labels[t]} must be a finite number >= 0, got {counts[t]:g}"
                 )
+        if alike:  # the usual case, and quick
+            t = int(counts[0]) + 1 + self.turn
+            return StepRows([formulas[g].row(rates[g], t) for g in self.different], self.row_of)
 
         def row(group: int, count: float) -> Row:
             return formulas[group].row(rates[group], int(count) + 1 + self.turn)
 
-        if alike:  # the usual case, and quick
-            return StepRows([row(group, counts[0]) for group in self.different], self.row_of)
         return StepRows.of(zip(self.groups, counts.tolist(), strict=True), row)
 
 

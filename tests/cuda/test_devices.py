@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from .. import table
 from ..conformance.backends import Ptx
 from ..conformance.gradients import block, csr
-from ..conformance.pairs import conform, conform_dense
+from ..conformance.pairs import Twins, conform, conform_dense
 from ..ptx.driver import Driver, installed
 
 PTX = Ptx()
@@ -125,3 +125,13 @@ def test_random_steps_for_a_while():
     while time.monotonic() < end:
         more(given(cases())(check_dense))()
         more(given(sparse_cases())(check_sparse))()
+
+
+def test_random_bits_of_parameters_on_several_devices():
+    """Each parameter has those of its own index, wherever it is."""
+    with installed(Driver(devices=2)):
+        options = {"state_dtype": "bfloat16", "stochastic_rounding": True, "seed": 3}
+        twins = Twins(PTX, table.row("adamax"), [(5, 7), 33, (8, 16)], where=[0, 1, 0], **options)
+        for _ in range(2):
+            twins.step(*twins.grads)
+        twins.agree()
