@@ -129,7 +129,7 @@ for cls, options in (
     numbers.append(train(cls(**options), "float32"))
 for options in ({}, {"multi_precision": True}):
     numbers.append(train(numba_opt.NAG(**options), "float16"))
-numbers.append(train(numba_opt.NAG(multi_precision=True), "float16", [np.ones((6, 4), "f32")]))
+numbers.append(train(numba_opt.NAG(multi_precision=True), "float16", [np.ones((6, 4), "f4")]))
 numbers.append(train(numba_opt.NAG(sparse_update="exact"), "float64"))
 numbers.append(train(numba_opt.NAG(momentum=0), "float64"))
 print(json.dumps({"numbers": numbers, "compiled": compiled[before:]}))
