@@ -165,7 +165,7 @@ class Optimizer(HasStates):
         self.begin_num_update = arguments.count("begin_num_update", begin_num_update, 0)
         self.num_update = self.begin_num_update
         self._counts = {}
-        self._ahead = ()
+        self._counted_groups = ()
         self.multi_precision = bool(multi_precision)
         if aggregate_num is not None and aggregate_num != math.inf:
             arguments.count("aggregate_num", aggregate_num, 1)  # type: ignore[arg-type]
@@ -375,12 +375,12 @@ class Optimizer(HasStates):
 
     def __getstate__(self) -> dict[str, Any]:
         # objects of the program, and addresses of this process
-        gone = ("param_dict", "_executors", "_owner", "_ahead", "_checked")
+        gone = ("param_dict", "_executors", "_owner", "_counted_groups", "_checked")
         counts = dict(self._index_update_count)
         return {k: v for k, v in vars(self).items() if k not in gone} | {"_counts": counts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, param_dict={}, _executors={}, _owner=_nobody, _ahead=())
+        vars(self).update(state, param_dict={}, _executors={}, _owner=_nobody, _counted_groups=())
 
 
 def _nobody() -> None:

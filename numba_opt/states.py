@@ -142,7 +142,7 @@ class HasStates(HasRates):
         """What lets parameters have had so many updates each, with no row that has yet to take steps."""
         return [
             partial(setattr, self, "_counts", counts),
-            partial(setattr, self, "_ahead", ()),
+            partial(setattr, self, "_counted_groups", ()),
             partial(self._deferred.clear),
         ]
 

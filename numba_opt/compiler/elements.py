@@ -52,7 +52,7 @@ register_model(Column)(models.PointerModel)
 COLUMNS = 16  # more of them are possible, and compared
 
 
-def apart(builder, access, column):
+def without_alias(builder, access, column):
     """Say of a load or store that it is of that column and of no other."""
     module = builder.module
     domain = module.add_metadata([ir.MetaDataString(module, "a tensor's arrays")])
@@ -99,7 +99,7 @@ def load(typingctx, pointers, i, real=None):
     def codegen(context, builder, sig, args):
         found = cgutils.unpack_tuple(builder, args[0], len(kinds))
         stored = [
-            apart(builder, builder.load(builder.gep(pointer, [args[1]])), column)
+            without_alias(builder, builder.load(builder.gep(pointer, [args[1]])), column)
             for pointer, column in zip(found, pointers, strict=True)
         ]
         values = [half.decode(context, builder, *each) for each in zip(stored, kinds, strict=True)]
@@ -121,7 +121,7 @@ def store(typingctx, pointers, i, values):
             number = types.float32 if kind in (half.HALF, half.BFLOAT) else kind
             value = context.cast(builder, builder.extract_value(args[2], k), values.types[k], number)
             bits = half.encode(context, builder, value, kind)
-            apart(builder, builder.store(bits, builder.gep(target, [args[1]])), pointers[k])
+            without_alias(builder, builder.store(bits, builder.gep(target, [args[1]])), pointers[k])
         return context.get_dummy_value()
 
     return sig, codegen
@@ -144,7 +144,7 @@ def store_stochastic(typingctx, pointers, i, values, key):
             converted = types.uint32(types.float32, types.uint32)
             bits = context.compile_internal(builder, converters[kind], converted, [value, random_bits])
             bits = builder.trunc(bits, ir.IntType(16))
-            apart(builder, builder.store(bits, builder.gep(target, [args[1]])), pointers[k])
+            without_alias(builder, builder.store(bits, builder.gep(target, [args[1]])), pointers[k])
         return context.get_dummy_value()
 
     return sig, codegen

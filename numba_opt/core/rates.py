@@ -58,7 +58,7 @@ class HasRates(rules.HasRule):
     seed: int
 
     _counts: dict[Index, int]
-    _ahead: Sequence[Group]  # of parameters that have a newer count together
+    _counted_groups: Sequence[Group]  # of parameters that have a newer count together
     _checked: rules.Checked | None = None
 
     def _join(self, scheduler: Any) -> None:
@@ -133,14 +133,14 @@ class HasRates(rules.HasRule):
     @property
     def _index_update_count(self) -> dict[Index, int]:
         """The number of updates of each parameter."""
-        for group in self._ahead:
+        for group in self._counted_groups:
             self._counts.update(dict.fromkeys(group.positions, group.count))
-        self._ahead = ()
+        self._counted_groups = ()
         return self._counts
 
     @_index_update_count.setter
     def _index_update_count(self, counts: dict[Index, int]) -> None:
-        self._counts, self._ahead = counts, ()
+        self._counts, self._counted_groups = counts, ()
 
     def _update_count(self, index: Index | Sequence[Index]) -> None:
         """Count an update of one parameter or of several."""
@@ -151,7 +151,7 @@ class HasRates(rules.HasRule):
 
     def counted_last(self, groups: Sequence[Group]) -> bool:
         """Whether the last step was one of these groups, whose counts are still the parameters'."""
-        return bool(groups) and self._ahead is groups
+        return bool(groups) and self._counted_groups is groups
 
     def rate_groups(self, indices: Sequence[Index]) -> tuple[list[Group], list[int]]:
         """Parameters sorted by what their coefficients depend on, and each one's group."""
@@ -216,7 +216,7 @@ class HasRates(rules.HasRule):
         ]
         counting = [
             *[partial(setattr, group, "count", group.count + 1) for group in groups],
-            partial(setattr, self, "_ahead", groups),
+            partial(setattr, self, "_counted_groups", groups),
             partial(setattr, self, "num_update", num_update),
         ]
         return Plan(StepRows(rows, group_of), counting)

@@ -19,19 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.foreign import lack_of_memory, loaded, on_cuda, type_name
-from ..core.storage import EXPECTED, bfloat16
+from ..core.storage import EXPECTED, OF_NAME, bfloat16, name_of
 from ..errors import CudaUnavailableError
 
 _stream: ContextVar[int | None] = ContextVar("stream", default=None)
 
-TORCH_DTYPES = {
-    "float32": "<f4",
-    "float64": "<f8",
-    "float16": "<f2",
-    "bfloat16": "<V2",
-    "int32": "<i4",
-    "int64": "<i8",
-}
+BFLOAT16 = "<V2"  # what stands for a dtype that array interfaces do not know
 
 
 @cache
@@ -177,7 +170,7 @@ def look(value: Any, what: str) -> View:
     if interface.get("mask") is not None:
         raise TypeError(f"{what} has a mask; expected a CUDA array without one")
     name = getattr(getattr(value, "dtype", None), "name", "")
-    typestr = "<V2" if name == "bfloat16" else interface["typestr"]
+    typestr = BFLOAT16 if name == "bfloat16" else interface["typestr"]
     address, read_only = interface["data"]
     shadow = _shadow(
         address or 0, tuple(interface["shape"]), typestr, interface.get("strides"), read_only, what
@@ -187,9 +180,10 @@ def look(value: Any, what: str) -> View:
 
 
 def _look_at_tensor(tensor: Any, what: str) -> View:
-    typestr = TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-    if typestr is None:
+    dtype = name_of(tensor.dtype)
+    if dtype not in (*OF_NAME, "int32", "int64"):
         raise TypeError(f"{what} is {tensor.dtype}; expected {EXPECTED}")
+    typestr = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).str
     if str(tensor.layout) != "torch.strided":
         raise TypeError(f"{what} is a tensor of layout {tensor.layout}; expected torch.strided")
     if tensor.is_neg():
@@ -214,7 +208,7 @@ def _shadow(
     address: int, shape: tuple[int, ...], typestr: str, strides: Any, read_only: bool, what: str
 ) -> np.ndarray:
     """A NumPy array that stands for a CUDA array."""
-    is_bfloat, kind = typestr == "<V2", bfloat16()
+    is_bfloat, kind = typestr == BFLOAT16, bfloat16()
     if is_bfloat and kind is None:
         raise TypeError(f"{what} is bfloat16, which needs the package ml_dtypes to be imported")
     array = stand_in(address, shape, "<u2" if is_bfloat else typestr, strides, read_only)

@@ -213,12 +213,12 @@ def assignments(pairs: Iterable[tuple[Any, np.ndarray]]) -> Calls:
     starts = [start for start, _ in spans]
     reached = list(itertools.accumulate((stop for _, stop in spans), max))
 
-    def apart(source: np.ndarray) -> np.ndarray:
+    def unwritten(source: np.ndarray) -> np.ndarray:
         start, stop = byte_bounds(source)
         before = bisect_left(starts, stop)
         return source.copy() if before and reached[before - 1] > start else source
 
-    return [partial(operator.setitem, target, ..., apart(source)) for target, source in pairs]
+    return [partial(operator.setitem, target, ..., unwritten(source)) for target, source in pairs]
 
 
 def copied(value: Any) -> Any:

@@ -71,7 +71,7 @@ def restoration(optimizer: HasStates, found: Any) -> Restoration:
         "lr": None if position is not None else fresh.lr,
         "num_update": count("num_update", part(found, "num_update", Integral, what)),
         "_counts": by_index(part(found, "counts", list, what), "counts", count),
-        "_ahead": (),
+        "_counted_groups": (),
         "lr_mult": by_index(part(found, "lr_mult", list, what), "lr_mult", arguments.number),
         "wd_mult": by_index(part(found, "wd_mult", list, what), "wd_mult", arguments.number),
     }
