@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,17 +51,51 @@ def rows(rule: Rule, layout: Layout, form: TouchedForm, exact: bool) -> Any:
     arrays since they were looked at.
     """
     kind, grad = form.kind, form.grad or layout.weight
-    real, number, size = layout.real, layout.compute, layout.real.itemsize
+    number, size = layout.compute, layout.real.itemsize
     given, summed = (f"{code} {layout.text} {number}" for code in (grad, number))
     with_grad = Layout(number, *layout[1:])
     step, pending_step = row_step(rule, with_grad), row_step(rule, with_grad, absent=True)
-    read = coefficient_reader(rule, layout)
-    n_array = len(layout.codes)
-    block, csr, as_given = kind == "block", kind == "csr", grad == number
-    has_grad, per_row = block or csr, rule.per_row
+    read, gather = coefficient_reader(rule, layout), _gathering(kind, grad, layout.real)
+    row_at, fetch_row = _row_finder(kind == "block"), _fetching(rule, layout)
+    n_array, per_row = len(layout.codes), rule.per_row
+    has_grad, as_given = kind != "none", kind == "block" and grad == number
     steps = int(has_grad)  # that are made here, beyond those recorded
-    wide = 2 if per_row else 1 + n_array  # of the arrays, those with whole rows
-    line, own_line = line_of(size_of(grad)), line_of(layout.widest)
+
+    @register_jitable
+    def span(entry, coefficients, start, stop, chunk, long, own):
+        width, height = np.int64(entry[WIDTH]), np.uint64(entry[HEIGHT])
+        row, recorded = np.int64(entry[ROW]), np.int64(entry[RECORDED])
+        sums = own + np.uint64(row_bytes(width, size) if per_row else 0)
+        others = (*to_fixed_tuple(entry[CPU_HEADER:], n_array), own)
+        array, direct = pointers((sums, *others), summed), pointers((entry[DATA], *others), given)
+        touched = pointers((entry[TOUCHED],), "i64")
+        last_step = pointers((entry[LAST_STEP],), "i64")
+        if has_grad:  # else there is no such row
+            c, key = read(coefficients, row + recorded, entry[TENSOR_ID])
+        end = row_at(entry, stop, width)
+        for k in range(row_at(entry, start, width), end):
+            r = k if entry[TOUCHED] == 0 else load(touched, np.uintp(k))[0]
+            if np.uint64(r) >= height:
+                continue
+            if entry[TOUCHED] != 0 and k + NEXT < end:  # in no order that the processor could foresee
+                fetch_row(array, load(touched, np.uintp(k + NEXT))[0], width)
+            if exact:
+                for q in range(max(load(last_step, np.uintp(r))[0], 0), recorded):
+                    pending_step(array, *read(coefficients, row + q, entry[TENSOR_ID]), width, r, 0)
+                store(last_step, np.uintp(r), (recorded + steps,))
+            if as_given and entry[STARTS] == 0:
+                step(direct, c, key, width, r, k)
+            elif has_grad:
+                gather(entry, k, width, array[:1])
+                step(array, c, key, width, r, 0)
+
+    key = (rule.key, layout.text, form.text, exact)
+    return over_chunks(span, f"rows-{rule.function.__name__}", key, layout.real)
+
+
+def _gathering(kind: str, grad: str, real: np.dtype) -> Callable[..., Any]:
+    """Make what writes the sum of a touched row's parts: ``gather(entry, k, width, sums)``."""
+    block, line = kind == "block", line_of(size_of(grad))
 
     @register_jitable
     def add_entries(sums, source, columns, begin, end, width):
@@ -96,17 +131,22 @@ def rows(rule: Rule, layout: Layout, form: TouchedForm, exact: bool) -> Any:
         begin, end = load(starts, np.uintp(k))[0], load(starts, np.uintp(k + 1))[0]
         if block:
             add_parts(entry, source, begin, end, width, sums)
-        elif csr:
-            for j in range(np.uintp(width)):
-                store(sums, j, (real.type(0),))
-            if entry[PLACE_SIZE] == 4:
-                add_entries(sums, source, pointers((entry[PLACES],), "i32"), begin, end, width)
-            else:
-                add_entries(sums, source, pointers((entry[PLACES],), "i64"), begin, end, width)
+            return
+        for j in range(np.uintp(width)):
+            store(sums, j, (real.type(0),))
+        if entry[PLACE_SIZE] == 4:
+            add_entries(sums, source, pointers((entry[PLACES],), "i32"), begin, end, width)
+        else:
+            add_entries(sums, source, pointers((entry[PLACES],), "i64"), begin, end, width)
+
+    return gather
+
+
+def _row_finder(block: bool) -> Callable[..., Any]:
+    """Make what finds the first touched row from an element of a tensor's part of the line on."""
 
     @register_jitable
     def row_at(entry, element, width):
-        """The first touched row that begins at or after an element of a tensor's part of the line."""
         first = ceildiv(element, width)
         if not block or entry[STARTS] == 0:
             return first
@@ -120,40 +160,19 @@ def rows(rule: Rule, layout: Layout, form: TouchedForm, exact: bool) -> Any:
                 high = middle
         return low
 
+    return row_at
+
+
+def _fetching(rule: Rule, layout: Layout) -> Callable[..., Any]:
+    """Make what asks for the cache lines of a row: ``fetch_row(array, r, width)``."""
+    wide = 2 if rule.per_row else 1 + len(layout.codes)  # of the arrays, those with whole rows
+    line = line_of(layout.widest)
+
     @register_jitable
     def fetch_row(array, r, width):
         first = np.uintp(r)
-        for i in range(first * np.uintp(width), (first + np.uintp(1)) * np.uintp(width), own_line):
+        for i in range(first * np.uintp(width), (first + np.uintp(1)) * np.uintp(width), line):
             prefetch(array[1:wide], i)
         prefetch(array[wide:-1], first)
 
-    @register_jitable
-    def span(entry, coefficients, start, stop, chunk, long, own):
-        width, height = np.int64(entry[WIDTH]), np.uint64(entry[HEIGHT])
-        row, recorded = np.int64(entry[ROW]), np.int64(entry[RECORDED])
-        sums = own + np.uint64(row_bytes(width, size) if per_row else 0)
-        others = (*to_fixed_tuple(entry[CPU_HEADER:], n_array), own)
-        array, direct = pointers((sums, *others), summed), pointers((entry[DATA], *others), given)
-        touched = pointers((entry[TOUCHED],), "i64")
-        last_step = pointers((entry[LAST_STEP],), "i64")
-        if has_grad:  # else there is no such row
-            c, key = read(coefficients, row + recorded, entry[TENSOR_ID])
-        end = row_at(entry, stop, width)
-        for k in range(row_at(entry, start, width), end):
-            r = k if entry[TOUCHED] == 0 else load(touched, np.uintp(k))[0]
-            if np.uint64(r) >= height:
-                continue
-            if entry[TOUCHED] != 0 and k + NEXT < end:  # in no order that the processor could foresee
-                fetch_row(array, load(touched, np.uintp(k + NEXT))[0], width)
-            if exact:
-                for q in range(max(load(last_step, np.uintp(r))[0], 0), recorded):
-                    pending_step(array, *read(coefficients, row + q, entry[TENSOR_ID]), width, r, 0)
-                store(last_step, np.uintp(r), (recorded + steps,))
-            if block and as_given and entry[STARTS] == 0:
-                step(direct, c, key, width, r, k)
-            elif has_grad:
-                gather(entry, k, width, array[:1])
-                step(array, c, key, width, r, 0)
-
-    key = (rule.key, layout.text, form.text, exact)
-    return over_chunks(span, f"rows-{rule.function.__name__}", key, real)
+    return fetch_row
