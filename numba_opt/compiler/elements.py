@@ -1,4 +1,4 @@
-"""What the loops do to single elements: addresses become pointers, pointers give and take values.
+"""Single elements in the loops: addresses become pointers, pointers give and take values.
 
 Kernels receive raw addresses, so nothing here checks anything: `numba_opt.device` has checked every
 array before its address entered a table.
