@@ -47,7 +47,7 @@ class DeferredSteps:
 
     @property
     def length(self) -> int:
-        """How many coefficients a step has."""
+        """Number of coefficients of a step."""
         return int(self._rows.shape[1])
 
     def rows(self) -> np.ndarray:

@@ -16,7 +16,7 @@ GOOD, UNSORTED, BAD = 0, 1, 2
 
 
 def look(rows, height):
-    """GOOD if row numbers are within the height and strictly increase, UNSORTED if they don't, else BAD."""
+    """Return GOOD if row numbers strictly increase within the height, UNSORTED if they don't, else BAD."""
     bad = unsorted = False
     for i in range(rows.size):
         bad |= (rows[i] < 0) | (rows[i] >= height)
@@ -75,7 +75,7 @@ def find_groups(keys, touched, starts):
 
 
 def group_by_counting(rows, ends, touched, starts, order):
-    """The same with a counter for each row there is: four times as fast where these are not too many."""
+    """Group rows with a counter for each row there is: four times as fast where these are not too many."""
     for i in range(rows.size):
         ends[rows[i]] += 1
     k = total = 0

@@ -66,7 +66,7 @@ def _copies(arrays: Sequence[Any]) -> list[Any]:
 
 
 def _putting(arrays: Sequence[Any], fresh: Sequence[Any]) -> list[partial[Any]]:
-    """What puts other contents into some arrays."""
+    """Return the calls that put other contents into some arrays."""
     pairs = zip(arrays, fresh, strict=True)
     return [partial(operator.setitem, array, ..., new) for array, new in pairs if array is not None]
 
@@ -84,7 +84,7 @@ def _catch_up(call: Call, t: int, arrays: Sequence[Any], last_step: np.ndarray) 
 
 
 def _state_store(call: Call, t: int) -> StoreState:
-    """How the states of a parameter are stored."""
+    """Make the function that stores the states of a parameter."""
 
     def nearest(k: int, array: np.ndarray, values: np.ndarray, rows: np.ndarray | None, row: Any) -> None:
         array[...] = _as_stored(array, values)

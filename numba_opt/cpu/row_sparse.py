@@ -91,7 +91,7 @@ class RowSparse:
         return look_at(self.rows, "rows of RowSparse"), look_at(self.values, "values of RowSparse")
 
     def to_host(self) -> RowSparse:
-        """The same with NumPy arrays: itself, or a copy of what is on a GPU, for which the host waits."""
+        """Return the gradient with NumPy arrays: itself, or a copy from a GPU, for which the host waits."""
         if not self.on_cuda:
             return self
         to_host = cuda_arrays.to_host
@@ -125,7 +125,7 @@ class RowSparse:
         return dense
 
     def coalesce(self) -> RowSparse:
-        """The same with each row once, in order, as NumPy arrays."""
+        """Return the gradient with each row once, in order, as NumPy arrays."""
         if self.on_cuda:
             return self.to_host().coalesce()
         rows, inverse = np.unique(self.rows, return_inverse=True)
@@ -148,7 +148,7 @@ def _as_numpy(given: Any, what: str) -> np.ndarray:
 
 
 def is_sparse(grad: Any) -> bool:
-    """Whether a gradient is one that this module deals with."""
+    """Tell whether a gradient is a `RowSparse` or a scipy.sparse matrix."""
     if isinstance(grad, RowSparse):
         return True
     issparse = loaded("scipy.sparse", "issparse")

@@ -59,7 +59,7 @@ _starting = threading.RLock()
 
 
 def count() -> int:
-    """How many threads may work on one kernel: Numba's number, `NUMBA_NUM_THREADS` included."""
+    """Return the number of threads that may work on one kernel: Numba's, `NUMBA_NUM_THREADS` included."""
     # get_num_threads starts Numba's threading layer, which must not happen because of us
     return numba.get_num_threads() if parallel._is_initialized else numba.config.NUMBA_NUM_THREADS
 
