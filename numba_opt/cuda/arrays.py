@@ -1,4 +1,4 @@
-"""What a CUDA array is: its address, dtype, shape and device, and the stream that its library is at.
+"""CUDA arrays: their address, dtype, shape and device, and the stream that their library is at.
 
 Numba's CUDA compiler and the driver are looked for when the first CUDA array arrives, not before. Arrays are
 looked at through NumPy arrays that stand for them, with the same address, dtype and shape, which nobody
@@ -133,7 +133,7 @@ def current_stream(weight: Any, number: int) -> int:
 
 
 class View(NamedTuple):
-    """What is known of a CUDA array."""
+    """A CUDA array's memory, device and stream."""
 
     shadow: np.ndarray  # stands for it; its memory is the device's and must not be read
     device: int
@@ -157,7 +157,7 @@ def library_of(value: Any) -> tuple[Any, Any]:
 
 
 def look(value: Any, what: str) -> View:
-    """What is known of a CUDA array.
+    """Return the view of a CUDA array.
 
     Raises
     ------
@@ -307,7 +307,7 @@ def place(shadow: np.ndarray) -> int:
 
 
 def address_of(value: Any) -> int:
-    """Where an array is, found quickly."""
+    """Return the address of an array, found quickly."""
     if hasattr(value, "data_ptr"):
         return value.data_ptr()
     pointer = getattr(getattr(value, "data", None), "ptr", None)
@@ -315,7 +315,7 @@ def address_of(value: Any) -> int:
 
 
 def kind_of(value: Any) -> Any:
-    """All that matters of a PyTorch tensor but its address, found quickly; None of any other array."""
+    """Return all that matters of a PyTorch tensor but its address, quickly; None for any other array."""
     torch, _ = library_of(value)
     if torch is None or value.layout is not torch.strided or value.is_neg():
         return None

@@ -34,7 +34,7 @@ class DeviceDeferredSteps:
 
     @property
     def address(self) -> int:
-        """Where it is."""
+        """Address in the device's memory."""
         return int(self._memory.address)
 
     def rows(self) -> np.ndarray:

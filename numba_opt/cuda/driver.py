@@ -24,7 +24,7 @@ class DriverError(RuntimeError):
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function of the driver gives back, if all went well."""
+    """Call a function of the driver and return its results; raise if it fails."""
     error, *found = function(*args)
     if error:
         text = driver.cuGetErrorString(error)[1]
@@ -47,7 +47,7 @@ def start() -> None:
 
 
 def count() -> int:
-    """How many devices there are."""
+    """Return the number of devices."""
     return int(call(driver.cuDeviceGetCount))
 
 
@@ -75,7 +75,7 @@ class Device:
         return int(call(driver.cuDeviceGetAttribute, kind, self._handle))
 
     def describe(self) -> dict[str, Any]:
-        """What it is."""
+        """Return the device's name, its compute capability and the bytes of its memory."""
         name = call(driver.cuDeviceGetName, 256, self._handle).split(b"\0")[0].decode()
         memory = int(call(driver.cuDeviceTotalMem, self._handle))
         return {"name": name, "capability": "{}.{}".format(*self.capability), "bytes": memory}
@@ -96,7 +96,7 @@ class Device:
         return found
 
     def read(self, address: int, size: int) -> bytes:
-        """What is somewhere in the device's memory, once everything on the device is done."""
+        """Return bytes of the device's memory, once everything on the device is done."""
         found = ctypes.create_string_buffer(size)
         with self.current():
             call(driver.cuCtxSynchronize)
@@ -131,7 +131,7 @@ class Device:
             call(driver.cuMemcpyPeerAsync, address, contexts[0], source, contexts[1], size, stream)
 
     def capturing(self, stream: int) -> bool:
-        """Whether what is launched on a stream goes into a graph, instead of being carried out."""
+        """Tell whether what is launched on a stream goes into a graph, instead of being carried out."""
         with self.current():
             status = call(driver.cuStreamIsCapturing, stream)
         return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
@@ -186,7 +186,7 @@ class Memory:
             pinned.mark(stream)
 
     def read(self, size: int) -> bytes:
-        """What the first bytes are, once everything on the device is done."""
+        """Return the first bytes, once everything on the device is done."""
         return self._device.read(self.address, size)
 
 

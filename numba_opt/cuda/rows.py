@@ -98,7 +98,7 @@ def _by_keys(code: str, place: str, real: Any) -> Any:
 
 
 def _by_every_row(code: str, place: str, real: Any) -> Any:
-    """The same where rows without a gradient get zero: a unit is a row, or what comes after the last one."""
+    """Find gradients as `_by_keys` does, zero for rows without one: a unit is a row, or what comes last."""
     first_of = bisection(lambda keys, k: number_at(keys, k) >> 32)
 
     @register_jitable
@@ -118,7 +118,7 @@ def _by_none(code: str, place: str, real: Any) -> Any:
 
 
 def _gather_keys(code: str, real: Any) -> Any:
-    """What sums an element's parts, from the first of its row's keys on."""
+    """Make the function that sums an element's parts, from the first of its row's keys on."""
     size = SIZES[code]
 
     @register_jitable
@@ -190,7 +190,7 @@ SOURCES: dict[str, Callable[..., Any]] = {
 
 
 def source_for(form: TouchedForm, real: Any) -> tuple[Any, Any]:
-    """What finds the row of a unit, and what gathers an element of its gradient."""
+    """Return the functions that find the row of a unit and gather an element of its gradient."""
     found: tuple[Any, Any] = SOURCES[form.kind](form.grad, form.indices or "i64", real)
     return found
 
