@@ -155,7 +155,7 @@ class _Object:
 
 
 def _unpickle(content: bytes) -> Any:
-    """What the pickle describes, with arrays decoded and each other object as an `_Object`."""
+    """Return what the pickle describes, with arrays decoded and each other object as an `_Object`."""
     stream = io.BytesIO(content)
     stack: list[Any] = []
     marks: list[int] = []
