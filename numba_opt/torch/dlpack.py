@@ -52,13 +52,13 @@ def library(extension: str) -> ctypes.CDLL:
 
 
 def address_of(functions: ctypes.CDLL, name: str) -> int:
-    """Where a C function is; 0 if there is none."""
+    """Return the address of a C function; 0 if there is none."""
     found = getattr(functions, name, None)
     return 0 if found is None else ctypes.cast(found, ctypes.c_void_p).value or 0
 
 
 def words(address: int, count: int) -> list[int]:
-    """What lies at an address, in words of 8 bytes."""
+    """Return the words of 8 bytes at an address."""
     return list((ctypes.c_uint64 * count).from_address(address))
 
 
