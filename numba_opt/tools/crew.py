@@ -60,7 +60,7 @@ class KernelRequest(NamedTuple):
         return _compiled() > before
 
     def sent(self) -> str | None:
-        """What another process is told; None if it cannot make this kernel."""
+        """Return the text that tells another process of it; None if that cannot make this kernel."""
         if self.rule is not None:
             function: Any = self.rule.function
             own = function.__module__.partition(".")[0] == PACKAGE
@@ -144,7 +144,7 @@ _misses = _Misses()
 
 
 def _compiled() -> int:
-    """How many kernels this thread had to compile so far."""
+    """Return how many kernels this thread had to compile so far."""
     how_many = loaded("numba_opt.cuda.code", "how_many")
     return _misses.total + (how_many() if how_many else 0)
 
@@ -238,7 +238,7 @@ def serve() -> None:
 
 
 def cores() -> int:
-    """How many processors this process may use."""
+    """Return the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
