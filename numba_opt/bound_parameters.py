@@ -19,7 +19,7 @@ from .optimizer import Optimizer
 
 
 class BoundParameters:
-    """Those of a trainer's parameters that have gradients.
+    """The parameters of a trainer that have gradients.
 
     It does not refer to its trainer, so that a trainer's arrays are freed as soon as it is dropped.
     """

@@ -50,12 +50,12 @@ def writable(array: Any, what: str) -> Any:
 
 
 def executor_for(weights: Iterable[Any], rule: Rule, graphs: bool = True) -> Executor:
-    """What makes a rule's steps on some weights; `graphs`: steps on a GPU may be captured."""
+    """Make the executor of a rule's steps on some weights; `graphs`: steps on a GPU may be captured."""
     return CudaExecutor(rule, graphs) if any(map(on_cuda, weights)) else CpuExecutor(rule)
 
 
 def sums_for(weights: Iterable[Any], names: Sequence[str]) -> Sums:
-    """Where gradients of some weights add up."""
+    """Make the sums of the gradients of some weights."""
     return (CudaSums if any(map(on_cuda, weights)) else CpuSums)(names)
 
 

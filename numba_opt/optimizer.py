@@ -247,7 +247,7 @@ class Optimizer(HasStates):
 
     @property
     def use_fused_step(self) -> bool:
-        """Whether `update` runs `fused_step`; by default, if there is a rule."""
+        """True if `update` runs `fused_step`; by default, if there is a rule."""
         return self.rule is not None if self._use_fused_step is None else self._use_fused_step
 
     @use_fused_step.setter
@@ -335,7 +335,7 @@ class Optimizer(HasStates):
 
     @contextmanager
     def _executor(self, arrays: Arrays, indices: Sequence[Index]) -> Iterator[Executor]:
-        """What makes steps of some arrays, kept for the next call that is like this one."""
+        """Lend what makes steps of some arrays, kept for the next call that is like this one."""
         on_cuda = any(map(device.on_cuda, arrays.weights))
         # On GPUs tables are kept for the very same parameters.
         served = (arrays.rule, *(indices if on_cuda else (len(arrays.columns), len(indices))))

@@ -223,7 +223,7 @@ class Trainer(TrainerState):
         return bound
 
     def _limit(self) -> NormLimit | None:
-        """What is asked for of the norm of all gradients."""
+        """Return the limit of the norm of all gradients; None if the norm is not wanted."""
         if not self._wants_norm:
             return None
         limit = math.inf if self.clip_global_norm is None else self.clip_global_norm
