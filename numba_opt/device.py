@@ -39,13 +39,13 @@ def look_at(array: Any, what: str) -> np.ndarray:
 
 
 def to_host(array: Any, what: str) -> np.ndarray:
-    """An array in the CPU's memory: itself, or a copy of what is on a GPU, for which the host waits."""
+    """Return an array in the CPU's memory: itself, or a copy from a GPU, for which the host waits."""
     found: np.ndarray = arrays_for(array).to_host(array, what)
     return found
 
 
 def writable(array: Any, what: str) -> Any:
-    """Something that takes ``[...] = array`` for an array, and has its shape and dtype."""
+    """Return something that takes ``[...] = array`` for an array, and has its shape and dtype."""
     return arrays_for(array).writable(array, what)
 
 

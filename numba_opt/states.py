@@ -34,7 +34,7 @@ class HasStates(HasRates):
         return code + STOCHASTIC if self.stochastic_rounding and code != "f32" else code
 
     def create_state(self, index: Index, weight: Any) -> Any:
-        """The states of one parameter, all zero: None, an array, or a tuple of arrays.
+        """Make the states of one parameter, all zero: None, an array, or a tuple of arrays.
 
         Parameters
         ----------
@@ -62,7 +62,7 @@ class HasStates(HasRates):
         return state
 
     def create_state_multi_precision(self, index: Index, weight: Any) -> Any:
-        """`create_state`, or ``(float32 weight, its states)`` for half precision with `multi_precision`."""
+        """Make the states, or ``(float32 weight, its states)`` for half precision with `multi_precision`."""
         what = f"weight of {self.parameter_label(index)}"
         dtype = device.look_at(weight, what).dtype
         if is_half(dtype):
@@ -147,7 +147,7 @@ class HasStates(HasRates):
         ]
 
     def deferred_rows(self) -> list[list[Any]]:
-        """Indices of parameters some of whose rows have yet to take steps, with the coefficients of those."""
+        """Return indices of parameters with rows that have yet to take steps, and the steps' coefficients."""
         return [[index, steps.rows()] for index, steps in self._deferred.items() if steps.recorded]
 
     def deferring(self, deferred: dict[Index, Any]) -> list[partial[Any]]:
@@ -155,7 +155,7 @@ class HasStates(HasRates):
         return [partial(setattr, self, "_deferred", deferred)]
 
     def deferred_of(self, indices: Sequence[Index]) -> list[Any]:
-        """The steps that rows of some parameters have yet to take; None where there are none."""
+        """Return the steps that rows of some parameters have yet to take; None where there are none."""
         return list(map(self._deferred.get, indices))
 
     def _masters(

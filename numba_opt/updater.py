@@ -78,7 +78,7 @@ class Updater:
             self.states.update((i, fresh[i]) for i in indices[part] if i in fresh)
 
     def get_states(self, dump_optimizer: bool = False) -> bytes:
-        """All states as safetensors, with the optimizer's hyper-parameters and counts if wanted.
+        """Return all states as safetensors, with the optimizer's hyper-parameters and counts if wanted.
 
         Steps that rows have yet to take (``sparse_update="exact"``) are saved with the states.
         """
@@ -253,5 +253,5 @@ def _owned(state: Any, what: str) -> Any:
 
 
 def get_updater(optimizer: Optimizer) -> Updater:
-    """An `Updater` of an optimizer."""
+    """Make an `Updater` of an optimizer."""
     return Updater(optimizer)

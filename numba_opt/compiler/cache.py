@@ -148,7 +148,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _externals(library: Any) -> list[str]:
-    """The names of what a kernel's machine code looks for elsewhere in the process."""
+    """Return the names that a kernel's machine code looks up elsewhere in the process."""
     module = library._final_module
     names = [value.name for value in (*module.functions, *module.global_variables) if value.is_declaration]
     return [name for name in names if not name.startswith("llvm.")]

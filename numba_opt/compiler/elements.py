@@ -193,5 +193,5 @@ def peek(typingctx, address, dtype):
 
 @intrinsic
 def add(typingctx, a, b):
-    """a + b, in an order that suits the processor: sums may be vectorised."""
+    """Return a + b, in an order that suits the processor: sums may be vectorised."""
     return a(a, a), lambda context, builder, sig, args: builder.fadd(*args, flags=("reassoc",))

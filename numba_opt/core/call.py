@@ -86,7 +86,7 @@ class Scan(NamedTuple):
 
 
 def blank(columns: int, tensors: int) -> Scan:
-    """A scan that nothing has been read into."""
+    """Make a scan that nothing has been read into."""
     return Scan(
         addresses=np.zeros((tensors, columns + COMMON), np.uint64),
         bytes=np.zeros((tensors, columns), np.int64),
@@ -156,7 +156,7 @@ def line_starts(counts: np.ndarray) -> np.ndarray:
 
 
 def tables(scan: Scan, n_state: int, state_storage: str = "") -> list[Table]:
-    """One table for each layout among the arrays; a gradient that is absent comes another way."""
+    """Make a table for each layout among the arrays; a gradient that is absent comes another way."""
     result = []
     kinds = sorted(set(scan.storages.tolist()))
     for packed in kinds:

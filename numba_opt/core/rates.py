@@ -111,11 +111,11 @@ class HasRates(rules.HasRule):
         return multipliers.get(self.idx2name[index], 1.0) if index in self.idx2name else 1.0
 
     def _get_lr(self, index: Index) -> float:
-        """The learning rate of one parameter, as MXNet's subclasses ask for it in their own `step`."""
+        """Return the learning rate of one parameter, as MXNet's subclasses ask for it in their own `step`."""
         return self.learning_rate * self._multiplier(index, "lr_mult")
 
     def _get_wd(self, index: Index) -> float:
-        """The weight decay of one parameter."""
+        """Return the weight decay of one parameter."""
         return self.wd * self._multiplier(index, "wd_mult")
 
     def _own_rates(self, index: Index, num_update: int) -> tuple[float, float]:
@@ -169,7 +169,7 @@ class HasRates(rules.HasRule):
     # ---------------------------------------------------------------- rows of coefficients
 
     def hyper(self, lr: float, t: int) -> tuple[float, ...]:
-        """The rule's coefficients for the `t`-th update (from 1) at learning rate `lr`.
+        """Return the rule's coefficients for the `t`-th update (from 1) at learning rate `lr`.
 
         Computed in double precision once a step, then cast to the weights' precision: constants such as
         ``1 - beta2`` belong here, not in the rule.
@@ -181,7 +181,7 @@ class HasRates(rules.HasRule):
         raise TypeError(f"{name} has no rule: define rule and hyper, or override step")
 
     def plan_step(self, indices: Sequence[Index]) -> Plan:
-        """The next update of some parameters; changes nothing."""
+        """Plan the next update of some parameters; changes nothing."""
         known = self._index_update_count
         own = overridden(type(self), HasRates, RATES)
         alike = not (self.param_dict or self.lr_mult or self.wd_mult or own)
@@ -207,7 +207,7 @@ class HasRates(rules.HasRule):
         return Plan(StepRows.of(keys, self.coefficient_row), self._counting(counts, num_update))
 
     def plan_group_step(self, groups: Sequence[Group], group_of: Sequence[int], rescale: float) -> Plan:
-        """The next update of parameters in groups, all of them with the largest count's learning rate."""
+        """Plan the next update of parameters in groups, all with the largest count's learning rate."""
         num_update = max(self.num_update, 1 + max(group.count for group in groups))
         lr = self._rate(num_update)
         rows = [

@@ -131,7 +131,7 @@ _on_arrays: WeakKeyDictionary[Any, Rule] = WeakKeyDictionary()  # those that tak
 
 
 def check(owner: str, given: Any, states: Any, per_row: Any) -> Rule:
-    """The rule of a class of optimizers.
+    """Check and return the rule of a class of optimizers.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def check(owner: str, given: Any, states: Any, per_row: Any) -> Rule:
 
 
 def kernel(make: Callable[..., Any], rule: Rule, *how: Any) -> Any:
-    """A kernel of a rule: what ``make(rule, *how)`` gives; errors are those of `explain`."""
+    """Make a kernel of a rule by ``make(rule, *how)``; errors are those of `explain`."""
     try:
         return make(rule, *how)
     except Exception as error:

@@ -19,14 +19,14 @@ class StepRows(NamedTuple):
 
     @classmethod
     def of(cls, keys: Iterable[Any], row: Callable[..., Row]) -> StepRows:
-        """Rows of coefficients from what they depend on, for each tensor; each one is worked out once."""
+        """Make rows of coefficients from what they depend on, for each tensor; work out each one once."""
         numbers: dict[Any, int] = {}
         row_of = [numbers.setdefault(key, len(numbers)) for key in keys]
         return cls([row(*key) for key in numbers], row_of)
 
     @classmethod
     def alike(cls, row: Row, tensors: int) -> StepRows:
-        """One row for all tensors."""
+        """Make one row for all tensors."""
         return cls([row], [0] * tensors)
 
     @property

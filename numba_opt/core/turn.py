@@ -66,7 +66,7 @@ class Turn:
 
 
 def _nobody() -> None:
-    """Before the first claim there is none."""
+    """Return None, the claim before the first one."""
 
 
 _process = object()  # this one, which a forked child is not

@@ -74,7 +74,7 @@ def to_host(array: Any, what: str) -> np.ndarray:
 
 
 def writable(array: Any, what: str) -> np.ndarray:
-    """Something that takes ``[...] = array``, and has the array's shape and dtype."""
+    """Return something that takes ``[...] = array``, and has the array's shape and dtype."""
     return as_array(array, what)
 
 
@@ -82,7 +82,7 @@ def writable(array: Any, what: str) -> np.ndarray:
 
 
 def one_by_one(arrays: Arrays) -> tuple[list[list[Any]], list[tuple[np.ndarray, np.ndarray]]]:
-    """The columns as arrays that a kernel can take, and what stands in for others; all of it checked."""
+    """Return the columns as arrays that a kernel can take, all checked, and what stands in for others."""
     names = arrays.names()
     columns: list[list[Any]] = [
         [

@@ -63,7 +63,7 @@ def sort_by_digit(keys, order, shift, counts, next_keys, next_order):
 
 
 def find_groups(keys, touched, starts):
-    """The different ones among sorted keys and where each begins, and the last ends; returns their number."""
+    """Find the different ones among sorted keys, where each begins and the last ends; return their number."""
     k = 0
     for i in range(keys.size):
         if i == 0 or keys[i] != keys[i - 1]:
@@ -108,7 +108,7 @@ def rows_of_csr(indptr, available, width):
 
 
 def find_rows(indptr, available, width, rows, starts, found):
-    """`rows_of_csr` into arrays: `found` gets the number of rows, whether something is bad, whether all full.
+    """Write `rows_of_csr` into arrays: `found` gets the number of rows, whether any is bad, whether all full.
 
     Every number is read once, as another thread may change it.
     """

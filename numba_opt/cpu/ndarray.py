@@ -81,7 +81,7 @@ def is_column(array, height):
 
 
 def scan(objects, known, none, n_state, per_row, addresses, bytes, sizes, storages):
-    """Read the arrays of a call into a `Scan`, and say whether that changed it.
+    """Read the arrays of a call into a `Scan`, and tell whether that changed it.
 
     `objects` holds the ids of array objects, one row each for the gradients, the weights, each state and
     perhaps for model weights; `none` is the id of an absent gradient or model weight. The answer is SAME;
@@ -163,7 +163,7 @@ def objects(columns: Sequence[Sequence[Any]]) -> np.ndarray:
 
 
 def read(columns: Sequence[Sequence[Any]], n_state: int, per_row: bool) -> Scan | None:
-    """`scan` of the gradients, weights, states and perhaps model weights; None if any is not supported."""
+    """Return the scan of gradients, weights, states and perhaps model weights; None if one is unsupported."""
     found = blank(len(columns), len(columns[0]))
     answer = scan(objects(columns), known(), NONE, n_state, per_row, *found)
     return None if answer == UNSUPPORTED else found

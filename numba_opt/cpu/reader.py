@@ -20,7 +20,7 @@ from .touched import touched_rows
 
 
 def read(arrays: Arrays) -> Call:
-    """The arrays of a call, sparse gradients and all, checked.
+    """Read the arrays of a call, sparse gradients and all, and check them.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def read(arrays: Arrays) -> Call:
 
 
 def read_dense(arrays: Arrays) -> Call:
-    """The arrays of a call whose sparse gradients, if there are any, have been taken out and looked at."""
+    """Read the arrays of a call whose sparse gradients, if any, have been taken out and looked at."""
     columns: Any = arrays.columns
     replaced: Any = ()
     scan = ndarray.read(columns, arrays.n_state, arrays.rule.per_row) if ndarray.readable() else None

@@ -27,7 +27,7 @@ StoreState = Callable[[int, np.ndarray, np.ndarray, "np.ndarray | None", Any], N
 
 
 def step(call: Call, step_rows: StepRows) -> list[partial[Any]]:
-    """A step of all parameters, as what puts its results into their places."""
+    """Work out a step of all parameters; return the calls that put its results into their places."""
     rules.check_on_arrays(call.rule)
     written = []
     for t, number in enumerate(step_rows.row_of):
@@ -53,7 +53,7 @@ def step(call: Call, step_rows: StepRows) -> list[partial[Any]]:
 
 
 def catch_up(call: Call, t: int) -> list[partial[Any]]:
-    """The steps that all rows of a parameter have yet to take."""
+    """Work out the steps that all rows of a parameter have yet to take; return the calls that store them."""
     rules.check_on_arrays(call.rule)
     arrays = [column[t] for column in call.arrays[1:]]
     fresh = _copies(arrays)

@@ -84,7 +84,7 @@ class RowSparse:
             check_numbers(self.rows, "rows of RowSparse", self.shape[0])
 
     def _looked_at(self) -> tuple[np.ndarray, np.ndarray]:
-        """NumPy arrays like the rows and the values; if those are on a GPU, they stand for them only."""
+        """Return NumPy arrays like the rows and the values, which only stand for those that are on a GPU."""
         if not self.on_cuda:
             return self.rows, self.values
         look_at = cuda_arrays.look_at
@@ -100,7 +100,7 @@ class RowSparse:
 
     @classmethod
     def from_csr(cls, matrix: Any, what: str = "matrix") -> RowSparse:
-        """The rows of a CSR matrix that hold an entry; duplicate entries are summed.
+        """Take the rows of a CSR matrix that hold an entry; duplicate entries are summed.
 
         `what` is what errors call it.
         """
@@ -117,7 +117,7 @@ class RowSparse:
         return self._looked_at()[1].dtype
 
     def to_dense(self) -> np.ndarray:
-        """The gradient as an ordinary NumPy array."""
+        """Return the gradient as an ordinary NumPy array."""
         if self.on_cuda:
             return self.to_host().to_dense()
         dense = np.zeros(self.shape, self.dtype)

@@ -39,7 +39,7 @@ class TouchedRows(NamedTuple):
         return [a for a in (self.data, self.rows, self.starts, self.places, self.given) if a is not None]
 
     def summed(self, weight: np.ndarray) -> np.ndarray:
-        """For each touched row the sum of its parts, in the weight's precision."""
+        """Return the sum of each touched row's parts, in the weight's precision."""
         dense = np.zeros((len(self.rows), math.prod(weight.shape[1:])), compute_dtype(weight.dtype))
         with np.errstate(all="ignore"):
             if self.starts is None:

@@ -203,7 +203,7 @@ def _look_at_tensor(tensor: Any, what: str) -> View:
 
 
 def _from_dlpack(value: Any, what: str) -> Any:
-    """Something with ``__cuda_array_interface__`` that shares an array's memory which only has DLPack."""
+    """Return an object with ``__cuda_array_interface__`` over the memory of an array that only has DLPack."""
     for name in ("torch", "cupy"):
         if convert := loaded(name, "from_dlpack"):
             return convert(value)
@@ -284,7 +284,7 @@ def to_host(array: Any, what: str) -> np.ndarray:
 
 
 def writable(array: Any, what: str) -> Any:
-    """Something that takes ``[...] = array`` for a CUDA array, and has its shape and dtype."""
+    """Return something that takes ``[...] = array`` for a CUDA array, and has its shape and dtype."""
     return Writable(look(array, what))
 
 

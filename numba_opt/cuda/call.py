@@ -25,7 +25,7 @@ class DeviceCall(NamedTuple):
 
 
 def read(arrays: Arrays) -> list[DeviceCall]:
-    """The arrays of a call, all of it checked, by device.
+    """Read the arrays of a call, all of it checked, by device.
 
     Raises
     ------

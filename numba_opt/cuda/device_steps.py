@@ -100,7 +100,7 @@ class DeviceSteps:
             held.call.deferred[t].recorded = 0
 
     def record(self, held: DeviceCall, stream: int) -> None:
-        """A step is about to be launched that records itself, if rows catch up."""
+        """Prepare and count a step that is about to be launched and records itself, if rows catch up."""
         touched, deferred = held.call.touched, held.call.deferred
         self.follow(held, stream)
         full = [t for t in touched.keys() & deferred.keys() if deferred[t].recorded == deferred[t].room]

@@ -81,7 +81,7 @@ class Device:
         return {"name": name, "capability": "{}.{}".format(*self.capability), "bytes": memory}
 
     def current(self) -> Current:
-        """While this lasts, what the driver is asked for is for this device."""
+        """Return a context in which the driver works for this device."""
         return self._current
 
     def function(self, kernel: KernelSource) -> Any:
@@ -112,11 +112,11 @@ class Device:
                 call(driver.cuMemcpyHtoD, address, content.ctypes.data, content.nbytes)
 
     def memory(self, size: int) -> Memory:
-        """Some of the device's memory, all zero."""
+        """Allocate memory of the device, all zero."""
         return Memory(self, size)
 
     def pinned(self, size: int) -> Pinned:
-        """Some of the host's memory that the device can read by itself."""
+        """Allocate memory of the host that the device can read by itself."""
         return Pinned(self, size)
 
     def synchronize(self, stream: int) -> None:
@@ -203,7 +203,7 @@ class Pinned:
         self.words = np.ctypeslib.as_array((ctypes.c_int64 * (size // 8)).from_address(self.address))
 
     def mark(self, stream: int) -> None:
-        """The stream has been asked to read this."""
+        """Note that the stream has been asked to read this."""
         call(driver.cuEventRecord, self._mark, stream)
 
     def settle(self) -> None:

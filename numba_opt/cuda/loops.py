@@ -114,7 +114,7 @@ def further(x, elements):
 
 
 def for_each(lanes: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``(function(a[0], b[0], x), function(a[1], b[1], x), ...)``, for so many of them, written out."""
+    """Make ``(function(a[0], b[0], x), function(a[1], b[1], x), ...)``, for so many of them, written out."""
     function = register_jitable(function)
     if lanes == 1:
         return register_jitable(lambda a, b, x: (function(a[0], b[0], x),))

@@ -70,7 +70,7 @@ OUT_OF_RANGE = -2  # instead of the number of a row, as is NOTHING
 
 
 def _by_rows(code: str, place: str, real: Any) -> Any:
-    """Gradients in a block whose rows are all different ones."""
+    """Make the source of gradients in a block whose rows are all different ones."""
     size, wide = SIZES[code], SIZES[place]
 
     @register_jitable
@@ -82,7 +82,7 @@ def _by_rows(code: str, place: str, real: Any) -> Any:
 
 
 def _by_keys(code: str, place: str, real: Any) -> Any:
-    """Gradients in a block whose rows may come more than once."""
+    """Make the source of gradients in a block whose rows may come more than once."""
 
     @register_jitable
     def source(head, k, width):
@@ -98,7 +98,7 @@ def _by_keys(code: str, place: str, real: Any) -> Any:
 
 
 def _by_every_row(code: str, place: str, real: Any) -> Any:
-    """Find gradients as `_by_keys` does, zero for rows without one: a unit is a row, or what comes last."""
+    """Make the source of `_by_keys` with zero for other rows: a unit is a row, or what comes after all."""
     first_of = bisection(lambda keys, k: number_at(keys, k) >> 32)
 
     @register_jitable
@@ -113,7 +113,7 @@ def _by_every_row(code: str, place: str, real: Any) -> Any:
 
 
 def _by_none(code: str, place: str, real: Any) -> Any:
-    """No gradients: all rows there are."""
+    """Make the source of no gradients: all rows there are."""
     return register_jitable(lambda head, k, width: (np.int64(k), (head[CUDA_DATA],))), None
 
 
@@ -135,7 +135,7 @@ def _gather_keys(code: str, real: Any) -> Any:
 
 
 def _by_csr(code: str, place: str, real: Any, every: bool = False) -> Any:
-    """Gradients in the entries of a CSR matrix. With `every`, rows that have none get zero.
+    """Make the source of gradients in a CSR matrix's entries. With `every`, rows that have none get zero.
 
     A warp reads the columns of a row's n entries once, to see whether they rise. Each of the row's elements
     then reads some log2(n) of them, or all n if they do not.
@@ -196,7 +196,7 @@ def source_for(form: TouchedForm, real: Any) -> tuple[Any, Any]:
 
 
 def as_dense(gather: Any, code: str) -> Any:
-    """Sums as a dense gradient of a half-precision weight would have them, which is rounded."""
+    """Round gathered sums as a dense gradient of a half-precision weight would have them."""
     return register_jitable(lambda source, j: ((rounded(gather(source, j)[0][0], code),),))
 
 

@@ -71,7 +71,7 @@ class CudaSums(Sums):
     def _adding(
         self, totals: Totals, grads: Mapping[int, Any], weights: Mapping[int, Any]
     ) -> tuple[Totals, Callable[[], None]]:
-        """The totals, in memory that is not touched yet, and what adds."""
+        """Return the totals, in memory that is not touched yet, and the call that adds."""
         found, before = list(totals), list(totals)
         calls: list[Callable[[], None]] = []
         for t, grad in grads.items():
@@ -125,7 +125,7 @@ class CudaSums(Sums):
     # ---------------------------------------------------------------- sparse gradients
 
     def _join(self, t: int, total: Any, grad: Any, weight: Any, calls: list[Callable[[], None]]) -> Any:
-        """A sum with one more gradient, which is sparse; what makes it comes to the calls."""
+        """Return a sum with one more gradient, which is sparse; append what makes it to `calls`."""
         view = look(weight, "weight")
         given = touched_rows(grad, view, f"gradient of parameter {self.names[t]!r}")
         before = total.count if isinstance(total, SparseSum) else 0

@@ -141,7 +141,7 @@ class PlacedTable:
             place += 16 * rows.units
 
     def _sort(self, entry: np.ndarray, rows: DeviceTouchedRows, place: int) -> int:
-        """Have a gradient's keys sorted, in memory for twice as many; says where they are then."""
+        """Have a gradient's keys sorted, in memory for twice as many; return where they are then."""
         numbers, height = int(entry[CUDA_INDICES]), int(entry[CUDA_HEIGHT])
         indices = f"i{8 * rows.indices.shadow.itemsize}"
         launches, sorted_keys = sorting(self._gpu, indices, numbers, rows.units, height, place)

@@ -219,7 +219,7 @@ def _synchronize(folder: str) -> None:
 
 
 def fill(buffer: memoryview, file: io.FileIO) -> int:
-    """Read into a buffer as far as the file goes; how many bytes that were."""
+    """Read into a buffer as far as the file goes; return how many bytes that were."""
     done = 0
     while done < len(buffer):
         count = file.readinto(buffer[done:])  # the system reads at most 2 GiB at a time

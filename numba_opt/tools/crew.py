@@ -46,7 +46,7 @@ class KernelRequest(NamedTuple):
         return next((part for part in self.args if isinstance(part, Rule)), None)
 
     def make(self) -> bool:
-        """Have it; says whether it had to be compiled."""
+        """Make the kernel; tell whether it had to be compiled."""
         before = _compiled()
         with (
             interrupts.defer_signals()
@@ -73,7 +73,7 @@ class KernelRequest(NamedTuple):
 
     @classmethod
     def received(cls, line: str) -> KernelRequest:
-        """The kernel that another process tells of."""
+        """Return the kernel that another process tells of."""
         request: KernelRequest = pickle.loads(base64.b64decode(line))
         return request
 
@@ -160,7 +160,7 @@ class Work:
         self.crew: list[threading.Thread] | None = None if helped else []
 
     def run(self) -> int:
-        """Make all kernels; says how many had to be compiled."""
+        """Make all kernels; return how many had to be compiled."""
         event.register("numba:compile", _misses)
         try:
             compiled = self._make_all()
@@ -229,7 +229,7 @@ class Work:
 
 
 def serve() -> None:
-    """The other process: makes the kernels it is told of, and answers whether each one was missing."""
+    """Make, as the other process, the kernels it is told of; answer whether each one was missing."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
     event.register("numba:compile", _misses)

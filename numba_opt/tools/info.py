@@ -31,7 +31,7 @@ OPTIONAL = ("torch", "numba-cuda", "ml_dtypes", "tqdm", "matplotlib", "scikit-le
 
 
 def collect() -> dict[str, Any]:
-    """All of it, as plain values. Compiles nothing and imports no optional package but numba-cuda."""
+    """Collect plain values. Compiles nothing and imports no optional package but numba-cuda."""
     return {
         "versions": {
             "numba_opt": __version__,
@@ -149,7 +149,7 @@ def cache_usage() -> dict[str, Any]:
 
 
 def clear_cache() -> int:
-    """Remove this package's compiled kernels, and what broken-off processes left; says how many kernels."""
+    """Remove this package's compiled kernels, and what broken-off processes left; return how many kernels."""
     removed = 0
     for path in _entries(".nbc", ".tmp"):
         path.unlink(missing_ok=True)

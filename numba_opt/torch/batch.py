@@ -323,12 +323,12 @@ class Batch:
     def calls(
         self, formulas: Sequence[Formula], rates: Sequence[float]
     ) -> tuple[list[threads.Job], list[partial[Any]]]:
-        """The kernel calls of a step, and what comes after them."""
+        """Return the kernel calls of a step, and the calls that come after them."""
         assert isinstance(self.executor, CpuExecutor)
         return self.executor.jobs(self._rows(formulas, rates)), self._after()
 
     def _after(self) -> list[partial[Any]]:
-        """Copies are written back, and the update is counted."""
+        """Return the calls that write copies back and count the update."""
         counted = [partial(counters.compiled_count_up(), self.counters)] if self.key.counted else []
         return [*self.replaced, *counted]
 

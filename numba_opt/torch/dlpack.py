@@ -64,7 +64,7 @@ def words(address: int, count: int) -> list[int]:
 
 @intrinsic
 def ask(typingctx, function, tensor, filled):
-    """Let a C function write what a tensor is; whether it could. The caller holds the GIL."""
+    """Let a C function write what a tensor is; tell whether it could. The caller holds the GIL."""
     sig = types.boolean(types.uint64, types.uint64, types.intp)
 
     def codegen(context, builder, sig, args):
@@ -82,7 +82,7 @@ def ask(typingctx, function, tensor, filled):
 
 @register_jitable
 def renew(row, k, value):
-    """Write a number of a description; whether it is another one than was there."""
+    """Write a number of a description; tell whether it is another one than was there."""
     changed = row[k] != value
     row[k] = value
     return changed

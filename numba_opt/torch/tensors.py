@@ -318,7 +318,7 @@ def look(columns: Sequence[Sequence[Any]], ids: np.ndarray, seen: np.ndarray) ->
 
 
 def unseen(ids: np.ndarray, ndim: int) -> np.ndarray:
-    """Room for what `look` sees of tensors with up to so many dimensions."""
+    """Make room for what `look` sees of tensors with up to so many dimensions."""
     return np.zeros((*ids.shape, dlpack.HEAD + 2 * ndim), np.int64)
 
 
