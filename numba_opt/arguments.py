@@ -1,4 +1,4 @@
-"""What users pass: numbers within limits, counts, keywords. Each error names the parameter, what came
+"""User arguments: numbers within limits, counts, keywords. Each error names the parameter, what came
 and what was expected."""
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def number(
 
 
 def optional(name: str, value: object) -> float | None:
-    """None, or `value` as a finite float of at least 0."""
+    """Return None, or `value` as a finite float of at least 0."""
     return None if value is None else number(name, value)
 
 

@@ -19,7 +19,7 @@ from .optimizer import Optimizer
 
 
 class BoundParameters:
-    """Those of a trainer's parameters that have gradients.
+    """The parameters of a trainer that have gradients.
 
     It does not refer to its trainer, so that a trainer's arrays are freed as soon as it is dropped.
     """
@@ -66,7 +66,7 @@ class BoundParameters:
         self.executor.replay(plan.rows, limit, optimizer.deferred_of(self.positions), plan.counting)
 
     def plan(self, optimizer: Optimizer, rescale: float) -> Plan:
-        """The next step's coefficients, and what counts it."""
+        """Return the next step's coefficients and the calls that count it."""
         mults = (optimizer.lr_mult, optimizer.wd_mult)
         if not optimizer.counted_last(self._groups) or mults != self._mults or optimizer.param_dict:
             self._groups, self._group_of = optimizer.rate_groups(self.positions)
@@ -74,7 +74,7 @@ class BoundParameters:
         return optimizer.plan_group_step(self._groups, self._group_of, rescale)
 
     def _now(self, optimizer: Optimizer) -> Arrays:
-        """The arrays with what is wanted of them now; a checkpoint, perhaps, has changed that."""
+        """Return the arrays with what is wanted of them now; a checkpoint, perhaps, has changed that."""
         rule, arrays = optimizer.checked_rule(), self._arrays
         if rule.n_state != arrays.n_state:
             names = ", ".join(optimizer.state_names) or "none"

@@ -39,23 +39,23 @@ def look_at(array: Any, what: str) -> np.ndarray:
 
 
 def to_host(array: Any, what: str) -> np.ndarray:
-    """An array in the CPU's memory: itself, or a copy of what is on a GPU, for which the host waits."""
+    """Return an array in the CPU's memory: itself, or a copy from a GPU, for which the host waits."""
     found: np.ndarray = arrays_for(array).to_host(array, what)
     return found
 
 
 def writable(array: Any, what: str) -> Any:
-    """Something that takes ``[...] = array`` for an array, and has its shape and dtype."""
+    """Return something that takes ``[...] = array`` for an array, and has its shape and dtype."""
     return arrays_for(array).writable(array, what)
 
 
 def executor_for(weights: Iterable[Any], rule: Rule, graphs: bool = True) -> Executor:
-    """What makes a rule's steps on some weights; `graphs`: steps on a GPU may be captured."""
+    """Make the executor of a rule's steps on some weights; `graphs`: steps on a GPU may be captured."""
     return CudaExecutor(rule, graphs) if any(map(on_cuda, weights)) else CpuExecutor(rule)
 
 
 def sums_for(weights: Iterable[Any], names: Sequence[str]) -> Sums:
-    """Where gradients of some weights add up."""
+    """Make the sums of the gradients of some weights."""
     return (CudaSums if any(map(on_cuda, weights)) else CpuSums)(names)
 
 

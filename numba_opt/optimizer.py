@@ -226,7 +226,7 @@ class Optimizer(HasStates):
 
     @staticmethod
     def create_optimizer(name: str, **kwargs: Any) -> Optimizer:
-        """An optimizer by its registered name, in any case, with its constructor's arguments.
+        """Make an optimizer by its registered name, in any case, with its constructor's arguments.
 
         Examples
         --------
@@ -246,7 +246,7 @@ class Optimizer(HasStates):
 
     @property
     def use_fused_step(self) -> bool:
-        """Whether `update` runs `fused_step`; by default, if there is a rule."""
+        """True if `update` runs `fused_step`; by default, if there is a rule."""
         return self.rule is not None if self._use_fused_step is None else self._use_fused_step
 
     @use_fused_step.setter
@@ -285,13 +285,13 @@ class Optimizer(HasStates):
     def update(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
     ) -> None:
-        """`fused_step` or `step`, as `use_fused_step` says. Arguments and errors as in `step`."""
+        """Call `fused_step` or `step`, as `use_fused_step` says. Arguments and errors as in `step`."""
         (self.fused_step if self.use_fused_step else self.step)(indices, weights, grads, states)
 
     def update_multi_precision(
         self, indices: Sequence[Index], weights: Sequence[Any], grads: Sequence[Any], states: Sequence[Any]
     ) -> None:
-        """`update` with the states of `create_state_multi_precision`.
+        """Call `update` with the states of `create_state_multi_precision`.
 
         The gradient of a half-precision weight with a float32 copy may be of either precision.
         """
@@ -384,7 +384,7 @@ class Optimizer(HasStates):
 
 
 def _nobody() -> None:
-    """The Trainer that an optimizer belongs to, if it belongs to none."""
+    """Return None, the Trainer of an optimizer that belongs to none."""
 
 
 register = Optimizer.register

@@ -27,14 +27,14 @@ class HasStates(HasRates):
 
     @property
     def state_storage(self) -> str:
-        """How states are stored, as a code in layouts; empty: as their weight."""
+        """Code of the states' storage in layouts; empty: stored as their weight."""
         if self.state_dtype is None:
             return ""
         code = OF_NAME[self.state_dtype]
         return code + STOCHASTIC if self.stochastic_rounding and code != "f32" else code
 
     def create_state(self, index: Index, weight: Any) -> Any:
-        """The states of one parameter, all zero: None, an array, or a tuple of arrays.
+        """Make the states of one parameter, all zero: None, an array, or a tuple of arrays.
 
         Parameters
         ----------
@@ -62,7 +62,7 @@ class HasStates(HasRates):
         return state
 
     def create_state_multi_precision(self, index: Index, weight: Any) -> Any:
-        """`create_state`, or ``(float32 weight, its states)`` for half precision with `multi_precision`."""
+        """Make the states, or ``(float32 weight, its states)`` for half precision with `multi_precision`."""
         what = f"weight of {self.parameter_label(index)}"
         dtype = device.look_at(weight, what).dtype
         if is_half(dtype):
@@ -116,14 +116,14 @@ class HasStates(HasRates):
         )
 
     def tensor_ids(self, indices: Sequence[Index]) -> tuple[int, ...]:
-        """What tells parameters apart where states are rounded stochastically; nothing where they are not."""
+        """Return numbers that tell parameters apart where states are rounded stochastically; else none."""
         if not self.stochastic_rounding:
             return ()
         plain = [int(i) if isinstance(i, (int, np.integer)) else repr(i) for i in indices]
         return tuple(map(rounding.tensor_number, plain))
 
     def with_deferred(self, arrays: Arrays, indices: Sequence[Index]) -> Arrays:
-        """The same with the steps that rows have yet to take, of those parameters whose rows catch up."""
+        """Return the arrays with the steps that rows have yet to take, for parameters whose rows catch up."""
         if not arrays.last_steps:
             return arrays
         length, known = self.coefficient_row_length(), self._deferred
@@ -135,11 +135,11 @@ class HasStates(HasRates):
         return arrays._replace(deferred=deferred)
 
     def has_deferred(self) -> bool:
-        """Whether rows of any parameter have yet to take steps."""
+        """Tell whether rows of any parameter have yet to take steps."""
         return any(steps.recorded for steps in list(self._deferred.values()))
 
     def counting_from(self, counts: dict[Index, int]) -> list[partial[Any]]:
-        """What lets parameters have had so many updates each, with no row that has yet to take steps."""
+        """Return calls that set the counts of parameters' updates, with no row that has yet to take steps."""
         return [
             partial(setattr, self, "_counts", counts),
             partial(setattr, self, "_counted_groups", ()),
@@ -147,15 +147,15 @@ class HasStates(HasRates):
         ]
 
     def deferred_rows(self) -> list[list[Any]]:
-        """Indices of parameters some of whose rows have yet to take steps, with the coefficients of those."""
+        """Return indices of parameters with rows that have yet to take steps, and the steps' coefficients."""
         return [[index, steps.rows()] for index, steps in self._deferred.items() if steps.recorded]
 
     def deferring(self, deferred: dict[Index, Any]) -> list[partial[Any]]:
-        """What lets rows of some parameters have yet to take these steps."""
+        """Return the calls after which rows of some parameters have yet to take these steps."""
         return [partial(setattr, self, "_deferred", deferred)]
 
     def deferred_of(self, indices: Sequence[Index]) -> list[Any]:
-        """The steps that rows of some parameters have yet to take; None where there are none."""
+        """Return the steps that rows of some parameters have yet to take; None where there are none."""
         return list(map(self._deferred.get, indices))
 
     def _masters(

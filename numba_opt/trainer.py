@@ -223,7 +223,7 @@ class Trainer(TrainerState):
         return bound
 
     def _limit(self) -> NormLimit | None:
-        """What is asked for of the norm of all gradients."""
+        """Return the limit of the norm of all gradients; None if the norm is not wanted."""
         if not self._wants_norm:
             return None
         limit = math.inf if self.clip_global_norm is None else self.clip_global_norm
@@ -311,12 +311,12 @@ class Trainer(TrainerState):
             del claim
 
     def _present(self, grads: Sequence[Any]) -> tuple[dict[int, Any], dict[int, Any]]:
-        """The gradients that there are, by position, and what is updated by them."""
+        """Return the gradients that there are, and the weights that they update, by position."""
         present = [t for t, grad in enumerate(grads) if grad is not None]
         return {t: grads[t] for t in present}, dict(zip(present, self._arrays(present).weights, strict=True))
 
     def _in_order(self, grads: Params) -> list[Any]:
-        """Gradients as a list beside the parameters, None where there is none or it is not wanted."""
+        """Return gradients as a list beside the parameters, None where there is none or it is not wanted."""
         if self._by_name:
             if not isinstance(grads, Mapping):
                 raise TypeError(f"grads must be a dict, as the parameters are, got {type(grads).__name__}")

@@ -1,4 +1,4 @@
-"""What a trainer holds, and how that is saved, loaded and copied."""
+"""The state of a trainer, and how that is saved, loaded and copied."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TrainerState:
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out. On a GPU, asking waits for the last one."""
+        """Number of steps that were left out. On a GPU, asking waits for the last one."""
         return self._skipped_steps + sum(bound.executor.skipped() for bound in self._bound.values())
 
     @skipped_steps.setter
@@ -68,7 +68,7 @@ class TrainerState:
 
     @property
     def stray_rows(self) -> bool:
-        """Whether a sparse gradient on a GPU had rows that its parameter has not, which were left out.
+        """True if a sparse gradient on a GPU had rows that its parameter has not, which were left out.
 
         Asking waits for the last step. On the CPU such a gradient is an error.
         """
@@ -93,7 +93,7 @@ class TrainerState:
 
     @property
     def _sums(self) -> Sums:
-        """What adds gradients."""
+        """The sums to which gradients are added."""
         if self._sums_made is None:
             self._sums_made = device.sums_for(self._params.values(), self._names)
         return self._sums_made
@@ -109,7 +109,7 @@ class TrainerState:
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self, params: bool = True) -> dict[str, Any]:
-        """Everything that goes on changing, as plain values and copies of arrays.
+        """Return everything that goes on changing, as plain values and copies of arrays.
 
         Parameters
         ----------
@@ -170,7 +170,7 @@ class TrainerState:
             del claim
 
     def _taking_over(self, state_dict: Mapping[str, Any]) -> checkpoint.Calls:
-        """What takes over a state dict that fits: whole or not at all, as none of it is written in Python."""
+        """Return calls that take over a state dict that fits: whole or not at all, as none is in Python."""
         saved = description.saved(state_dict, self._names)
         restoration = description.restoration(self.optimizer, saved.optimizer)
         description.check_forms(self.optimizer, restoration.optimizer, self._params.values())
@@ -225,7 +225,7 @@ class TrainerState:
     # ---------------------------------------------------------------- copies
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but tables, which hold addresses of this one's arrays."""
+        """Return all attributes but tables, which hold addresses of this one's arrays."""
         claim = self._claim_to_read()
         try:
             if self._on_cuda and self._totals is not None:

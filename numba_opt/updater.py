@@ -78,7 +78,7 @@ class Updater:
             self.states.update((i, fresh[i]) for i in indices[part] if i in fresh)
 
     def get_states(self, dump_optimizer: bool = False) -> bytes:
-        """All states as safetensors, with the optimizer's hyper-parameters and counts if wanted.
+        """Return all states as safetensors, with the optimizer's hyper-parameters and counts if wanted.
 
         Steps that rows have yet to take (``sparse_update="exact"``) are saved with the states.
         """
@@ -218,7 +218,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _is_state(value: Any, n: int, exact: bool) -> bool:
-    """Whether a value consists of `n` states, with last_step if they are `exact`."""
+    """Tell whether a value consists of `n` states, with last_step if they are `exact`."""
     if exact:
         pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], np.ndarray)
         return pair and _is_state(value[0], n, False)
@@ -228,14 +228,14 @@ def _is_state(value: Any, n: int, exact: bool) -> bool:
 
 
 def _form(value: Any) -> str:
-    """What a state consists of."""
+    """Describe the form of a state."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_form, value))})"
     return "None" if value is None else "array"
 
 
 def _expected(optimizer: HasStates) -> str:
-    """What a state of an optimizer consists of."""
+    """Describe the form that a state of an optimizer should have."""
     names = optimizer.state_names
     form = f"({', '.join(names)})" if len(names) > 1 else names[0] if names else "None"
     if optimizer.sparse_update == "exact":
@@ -253,5 +253,5 @@ def _owned(state: Any, what: str) -> Any:
 
 
 def get_updater(optimizer: Optimizer) -> Updater:
-    """An `Updater` of an optimizer."""
+    """Make an `Updater` of an optimizer."""
     return Updater(optimizer)

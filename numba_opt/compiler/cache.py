@@ -62,7 +62,7 @@ def compiled(function: Callable[..., Any], *key: Any, name: str = "", **options:
 
 
 def folder() -> Path:
-    """Where compiled kernels are kept: under `NUMBA_CACHE_DIR` if set, else the user's cache directory."""
+    """Return the folder of compiled kernels: in `NUMBA_CACHE_DIR` if set, or the user's cache directory."""
     if numba.config.CACHE_DIR:
         return Path(numba.config.CACHE_DIR) / "numba_opt"
     # XDG_CACHE_HOME may be empty or relative, and is to be ignored then; there may be no home at all
@@ -127,14 +127,14 @@ class KernelCache(caching.NullCache):
 
 
 def place(name: str, key: Any) -> Path:
-    """Where something that was compiled is kept; its key, written out, must tell it from everything else."""
+    """Return the path of something compiled; its key, written out, must tell it from everything else."""
     text = repr(key)
     home = Path(os.devnull) if INCOMPLETE in text else folder()  # no key, no place
     return home / f"{name}-{_digest(text.encode()).hex()}.nbc"
 
 
 def read(path: Path) -> bytes | None:
-    """What was kept at a place; None if there is nothing, not all of it, or perhaps somebody else's."""
+    """Read what was kept at a path; None if there is nothing, not all of it, or perhaps somebody else's."""
     try:
         content = private.read(path)
     except OSError:
@@ -148,7 +148,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _externals(library: Any) -> list[str]:
-    """The names of what a kernel's machine code looks for elsewhere in the process."""
+    """Return the names that a kernel's machine code looks up elsewhere in the process."""
     module = library._final_module
     names = [value.name for value in (*module.functions, *module.global_variables) if value.is_declaration]
     return [name for name in names if not name.startswith("llvm.")]

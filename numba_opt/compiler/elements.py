@@ -1,4 +1,4 @@
-"""What the loops do to single elements: addresses become pointers, pointers give and take values.
+"""Single elements in the loops: addresses become pointers, pointers give and take values.
 
 Kernels receive raw addresses, so nothing here checks anything: `numba_opt.device` has checked every
 array before its address entered a table.
@@ -193,5 +193,5 @@ def peek(typingctx, address, dtype):
 
 @intrinsic
 def add(typingctx, a, b):
-    """a + b, in an order that suits the processor: sums may be vectorised."""
+    """Return a + b, in an order that suits the processor: sums may be vectorised."""
     return a(a, a), lambda context, builder, sig, args: builder.fadd(*args, flags=("reassoc",))

@@ -1,4 +1,4 @@
-"""What tells a function, with all that it reaches, from any other that is compiled to something else.
+"""Fingerprints that tell a function, with all that it reaches, from any other that is compiled differently.
 
 Compiled code has the values of globals, closures and helpers built in, so that whoever looks for a kept
 kernel must know them all: a fingerprint follows the names that code mentions, through functions, modules and
@@ -67,7 +67,7 @@ class Reached(NamedTuple):
     cells: Sequence[tuple[Any, Any]]
 
     def unmoved(self) -> bool:
-        """Whether every name still means the same object."""
+        """Tell whether every name still means the same object."""
         for known, names, values in self.names:
             if not all(map(is_, map(known, names), values)):  # in C, as each step asks
                 return False
@@ -106,7 +106,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 
 def look(function: Callable[..., Any]) -> Reached:
-    """What a function reaches, which must be what it has reached before."""
+    """Return what a function reaches; raise `ChangedError` if that is not what it has reached before."""
     now = _survey(function)
     first = _first.setdefault(function, now)
     if first.digest != now.digest:
@@ -136,7 +136,7 @@ def _by_holder(
 
 
 def _is_fresh(helper: Any, function: Callable[..., Any], compiled: bool) -> bool:
-    """Whether what Numba keeps of a helper, if anything, was compiled as the helper is now."""
+    """Tell whether what Numba keeps of a helper, if anything, was compiled as the helper is now."""
     walk = _Walk()
     walk.start(function)
     if walk.alone:
@@ -225,7 +225,7 @@ class _Walk:
             self.feed("untold", str(id(value)).encode())
 
     def _again(self, value: Any, *how: Any) -> bool:
-        """Whether a value was met before: then it is told by when that was."""
+        """Tell whether a value was met before; if so, hash when that was."""
         key = (id(value), *how)
         if key in self._seen:
             self.feed("again", str(self._seen[key][0]).encode())
@@ -375,7 +375,7 @@ SOURCES = _own_sources()
 
 
 def _content(cell: Any) -> Any:
-    """What a closure's cell holds; an empty one, itself."""
+    """Return the content of a closure's cell, or the cell itself if it is empty."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -387,7 +387,7 @@ _positions = [0]
 
 
 def _templates(function: Any) -> list[Any]:
-    """What Numba was told to compile for a function."""
+    """Return the templates by which Numba was told to compile a function."""
     registered = builtin_registry.globals
     for known, kind in registered[_positions[0] :]:
         _indexed.setdefault(id(known), []).extend(getattr(kind, "templates", ()))

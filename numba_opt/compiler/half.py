@@ -46,7 +46,7 @@ def encode(context, builder, number, kind):
 
 
 def converts_half(context):
-    """Whether the processor that code is made for converts float16 by itself."""
+    """Tell whether the processor that code is made for converts float16 by itself."""
     triple, _, features = context.codegen().magic_tuple()
     return "+f16c" in features or not triple.startswith(("x86", "i386", "i686"))
 

@@ -23,7 +23,7 @@ NUMBERS = tuple(map(int, signal.valid_signals()))
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Within this context whatever Python handles signals with waits until the end.
+    """Let signals that Python handles wait until the end of this context.
 
     Steps need no such thing, as no Python runs between their first write and their last one
     (`numba_opt.cpu.threads.run`). The compiler does, which would lose an exception that a handler raises

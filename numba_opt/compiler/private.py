@@ -87,7 +87,7 @@ def make(folder: Path) -> None:
 
 
 def distrusted(folder: Path) -> str:
-    """Why files of a folder are not read, and none are put there; empty if that is not so."""
+    """Return why files of a folder are neither read nor written; an empty text if they are."""
     try:
         with _opened(folder):
             return ""
@@ -119,7 +119,7 @@ def _open(path: Path, flags: int, folder: int | None) -> int:
 
 
 def _fault(status: os.stat_result, path: Path) -> str:
-    """Who else may write something."""
+    """Return a text that says who else may write to a path; empty if nobody may."""
     if not HAS_OWNERS:
         return ""
     if status.st_uid != os.geteuid():
@@ -130,7 +130,7 @@ def _fault(status: os.stat_result, path: Path) -> str:
 
 
 def _misplaced(folder: Path) -> str:
-    """Who else may put another folder in the place of this one.
+    """Return a text that says who else may put another folder in the place of this one; empty if nobody may.
 
     That would have to be a folder of this user's too. So it is enough to look as far as the first folder
     above that is this user's alone: what is in there, nobody else has named.

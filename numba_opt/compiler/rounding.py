@@ -57,7 +57,7 @@ def mixed(x):
 
 @register_jitable
 def key_of(step_low, step_high, tensor):
-    """What the noise of a tensor's elements depends on, but for their numbers."""
+    """Return the key of a tensor's random bits in a step, to which the elements' numbers come later."""
     step = u32(u32(step_low) | u32(u32(step_high) << u32(16)))
     return mixed(u32(mixed(step) + u32(tensor)))
 

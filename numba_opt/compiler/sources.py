@@ -50,10 +50,10 @@ def known_name(value: Any) -> str:
 
 
 def is_of(value: Any, packages: Sequence[str]) -> bool:
-    """Whether something is of one of some packages."""
+    """Tell whether an object's module belongs to one of some packages."""
     return str(value.__module__).partition(".")[0] in packages
 
 
 def is_own(value: Any) -> bool:
-    """Whether something is in a file that is part of every fingerprint."""
+    """Tell whether an object's module is part of every fingerprint."""
     return value.__module__ in OWN_MODULES

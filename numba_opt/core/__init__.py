@@ -1,1 +1,1 @@
-"""What has no device and is not compiled: rules, the form that torch has of them, turns of callers."""
+"""The parts with no device and no compiled code: rules, the form that torch has of them, turns of callers."""

@@ -40,39 +40,39 @@ class Arrays(NamedTuple):
 
     @property
     def n_state(self) -> int:
-        """How many states a weight has."""
+        """Number of states of a weight."""
         return len(self.states)
 
     @property
     def weights(self) -> Sequence[Any]:
-        """What is updated."""
+        """The weights, which are updated."""
         return self.columns[WEIGHT]
 
     def names(self) -> list[str]:
-        """What each column holds."""
+        """Return the name of each column, for errors."""
         states = [f"state {name!r}" for name in self.states]
         return ["gradient", "weight", *states, "half-precision weight"][: len(self.columns)]
 
     def may_lack(self, column: int, t: int) -> bool:
-        """Whether a tensor may be without an array of a column."""
+        """Tell whether a tensor may be without an array of a column."""
         return column == STATES + self.n_state or (column == GRAD and t in self.touched)
 
     def of_row(self, column: int) -> bool:
-        """Whether a column has one number for each row of the weight."""
+        """Tell whether a column has one number for each row of the weight."""
         return self.rule.per_row and STATES <= column < STATES + self.n_state
 
     def with_grads(self, grads: Sequence[Any]) -> Arrays:
-        """The same with other gradients."""
+        """Return these arrays with other gradients."""
         return self._replace(columns=[grads, *self.columns[1:]])
 
     def without_grads(self) -> Arrays:
-        """The same with no gradients at all."""
+        """Return these arrays with no gradients at all."""
         n = len(self.weights)
         return self.with_grads([None] * n)._replace(touched=dict.fromkeys(range(n)))
 
 
 class Scan(NamedTuple):
-    """What a reader has found of the arrays of a call, one row for each tensor."""
+    """The arrays of a call as a reader has found them, one row for each tensor."""
 
     addresses: np.ndarray  # of its arrays, then what `numba_opt.core.columns` says
     bytes: np.ndarray  # how many lie at each address
@@ -81,12 +81,12 @@ class Scan(NamedTuple):
 
     @property
     def n_array(self) -> int:
-        """How many arrays a tensor may have."""
+        """Number of arrays that a tensor may have."""
         return int(self.bytes.shape[1])
 
 
 def blank(columns: int, tensors: int) -> Scan:
-    """A scan that nothing has been read into."""
+    """Make a scan that nothing has been read into."""
     return Scan(
         addresses=np.zeros((tensors, columns + COMMON), np.uint64),
         bytes=np.zeros((tensors, columns), np.int64),
@@ -123,7 +123,7 @@ class Call(NamedTuple):
     deferred: Mapping[int, Any] = {}
 
     def layout(self, t: int) -> Layout:
-        """How a tensor's own arrays are laid out."""
+        """Return the layout of a tensor's own arrays."""
         scan = self.scan
         found = own_layout(int(scan.storages[t]), scan.n_array, self.rule.n_state, self.state_storage)
         assert found is not None
@@ -136,7 +136,7 @@ class Call(NamedTuple):
         return entry[WEIGHT : WEIGHT + len(self.layout(t).codes)].tolist(), tensor_id, width
 
     def height(self, t: int) -> int:
-        """How many rows a tensor has."""
+        """Return the number of rows of a tensor."""
         return int(self.scan.sizes[t]) // max(int(self.scan.addresses[t, WIDTH]), 1)
 
     def pending(self) -> list[int]:
@@ -144,19 +144,19 @@ class Call(NamedTuple):
         return [t for t, steps in self.deferred.items() if steps.recorded and t not in self.touched]
 
     def write_back(self) -> list[partial[Any]]:
-        """What brings the arrays that were worked on in others' place to where they belong."""
+        """Return the calls that copy arrays back into those in whose place they were worked on."""
         return [partial(operator.setitem, array, ..., work) for array, work in self.replaced]
 
 
 def line_starts(counts: np.ndarray) -> np.ndarray:
-    """Where each one's part of a kernel's long line begins, and where the line ends."""
+    """Return where each one's part of a kernel's long line begins, and where the line ends."""
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return starts
 
 
 def tables(scan: Scan, n_state: int, state_storage: str = "") -> list[Table]:
-    """One table for each layout among the arrays; a gradient that is absent comes another way."""
+    """Make a table for each layout among the arrays; a gradient that is absent comes another way."""
     result = []
     kinds = sorted(set(scan.storages.tolist()))
     for packed in kinds:
@@ -176,7 +176,7 @@ def moved(call: Call) -> None:
 
 
 def go_together(scan: Scan, n_state: int, state_storage: str, touched: Mapping[int, Any]) -> bool:
-    """Whether the storages of each tensor's arrays are such as kernels take together."""
+    """Tell whether kernels take the storages of each tensor's arrays together."""
     if not touched:
         kinds = set(scan.storages.tolist())
         return None not in {layout_of(packed, scan.n_array, n_state, state_storage) for packed in kinds}

@@ -1,4 +1,4 @@
-"""What runs calls: one interface, of which the CPU has an implementation and CUDA another one."""
+"""The interface of what runs calls, of which the CPU has an implementation and CUDA another one."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ class Executor(ABC):
         raise NotImplementedError("the host knows the norm of a step on the CPU")
 
     def skipped(self) -> int:
-        """How many steps a device has left out without the host's knowing; waits for it."""
+        """Return how many steps a device has left out without the host's knowing; waits for it."""
         return 0
 
     def out_of_range_rows(self) -> bool:
-        """Whether a sparse gradient had rows that its parameter has not; waits for the device."""
+        """Tell whether a sparse gradient had rows that its parameter has not; waits for the device."""
         return False
 
     def replay(self, rows: StepRows, limit: NormLimit | None, deferred: Sequence[Any], after: After) -> None:

@@ -12,17 +12,17 @@ DLPACK_CUDA = 2  # kDLCUDA
 
 
 def loaded(module: str, name: str) -> Any:
-    """What a module calls by some name, if it has been imported that far, perhaps by another thread."""
+    """Return a module's attribute, None unless it has been imported that far, perhaps by another thread."""
     return getattr(sys.modules.get(module), name, None)
 
 
 def type_name(value: Any) -> str:
-    """What an object is called in errors."""
+    """Return the name of an object's type, for errors."""
     return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
 def on_cuda(value: Any) -> bool:
-    """Whether an array is on a GPU."""
+    """Tell whether an array is on a GPU."""
     if isinstance(value, np.ndarray):
         return False
     tensor = loaded("torch", "Tensor")
@@ -34,7 +34,7 @@ def on_cuda(value: Any) -> bool:
 
 
 def lack_of_memory(tensor: Any) -> str:
-    """What keeps the memory of torch's strided tensor from being read; empty if there is nothing."""
+    """Return why the memory of torch's strided tensor cannot be read; an empty text if it can."""
     if tensor.numel() == 0 or str(tensor.layout) != "torch.strided":
         return ""
     reach = 1 + sum((n - 1) * stride for stride, n in extents(tensor, tensor.stride()))

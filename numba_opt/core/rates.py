@@ -1,4 +1,4 @@
-"""What the coefficients of a step depend on: learning rates, weight decay, multipliers, counts of updates."""
+"""The rates behind a step's coefficients: learning rates, weight decay, multipliers, counts of updates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Group:
 
 
 class Plan(NamedTuple):
-    """What a step will use and leave behind, worked out before anything changes."""
+    """The next step's coefficients and what will count it, worked out before anything changes."""
 
     rows: StepRows
     counting: list[partial[Any]]  # what counts the step, none of it written in Python
@@ -111,15 +111,15 @@ class HasRates(rules.HasRule):
         return multipliers.get(self.idx2name[index], 1.0) if index in self.idx2name else 1.0
 
     def _get_lr(self, index: Index) -> float:
-        """The learning rate of one parameter, as MXNet's subclasses ask for it in their own `step`."""
+        """Return the learning rate of one parameter, as MXNet's subclasses ask for it in their own `step`."""
         return self.learning_rate * self._multiplier(index, "lr_mult")
 
     def _get_wd(self, index: Index) -> float:
-        """The weight decay of one parameter."""
+        """Return the weight decay of one parameter."""
         return self.wd * self._multiplier(index, "wd_mult")
 
     def _own_rates(self, index: Index, num_update: int) -> tuple[float, float]:
-        """What a subclass's own `_get_lr` and `_get_wd` say of a parameter, as after that many updates."""
+        """Return a parameter's rates by a subclass's own `_get_lr` and `_get_wd`, after that many updates."""
         before = self.num_update
         try:
             self.num_update = num_update
@@ -150,7 +150,7 @@ class HasRates(rules.HasRule):
             self.num_update = max(self.num_update, count)
 
     def counted_last(self, groups: Sequence[Group]) -> bool:
-        """Whether the last step was one of these groups, whose counts are still the parameters'."""
+        """Tell whether the last step was one of these groups, whose counts are still the parameters'."""
         return bool(groups) and self._counted_groups is groups
 
     def rate_groups(self, indices: Sequence[Index]) -> tuple[list[Group], list[int]]:
@@ -169,7 +169,7 @@ class HasRates(rules.HasRule):
     # ---------------------------------------------------------------- rows of coefficients
 
     def hyper(self, lr: float, t: int) -> tuple[float, ...]:
-        """The rule's coefficients for the `t`-th update (from 1) at learning rate `lr`.
+        """Return the rule's coefficients for the `t`-th update (from 1) at learning rate `lr`.
 
         Computed in double precision once a step, then cast to the weights' precision: constants such as
         ``1 - beta2`` belong here, not in the rule.
@@ -181,7 +181,7 @@ class HasRates(rules.HasRule):
         raise TypeError(f"{name} has no rule: define rule and hyper, or override step")
 
     def plan_step(self, indices: Sequence[Index]) -> Plan:
-        """The next update of some parameters; changes nothing."""
+        """Plan the next update of some parameters; changes nothing."""
         known = self._index_update_count
         own = overridden(type(self), HasRates, RATES)
         alike = not (self.param_dict or self.lr_mult or self.wd_mult or own)
@@ -207,7 +207,7 @@ class HasRates(rules.HasRule):
         return Plan(StepRows.of(keys, self.coefficient_row), self._counting(counts, num_update))
 
     def plan_group_step(self, groups: Sequence[Group], group_of: Sequence[int], rescale: float) -> Plan:
-        """The next update of parameters in groups, all of them with the largest count's learning rate."""
+        """Plan the next update of parameters in groups, all with the largest count's learning rate."""
         num_update = max(self.num_update, 1 + max(group.count for group in groups))
         lr = self._rate(num_update)
         rows = [
@@ -222,7 +222,7 @@ class HasRates(rules.HasRule):
         return Plan(StepRows(rows, group_of), counting)
 
     def _counting(self, counts: dict[Index, int], num_update: int) -> list[partial[Any]]:
-        """What counts a step."""
+        """Return the calls that count a step."""
         return [
             partial(self._index_update_count.update, counts),
             partial(setattr, self, "num_update", num_update),
@@ -246,7 +246,7 @@ class HasRates(rules.HasRule):
         return row
 
     def coefficient_row_length(self) -> int:
-        """How many numbers a row of coefficients has."""
+        """Return the length of a row of coefficients."""
         return self.checked_rule().row_length(self.stochastic_rounding)
 
     def check_decay(self, wd: float) -> None:
@@ -265,13 +265,13 @@ class HasRates(rules.HasRule):
         return checked.rule
 
     def parameter_label(self, index: Index) -> str:
-        """What a parameter is called in errors."""
+        """Return the name of a parameter, for errors."""
         name = self.idx2name.get(index)
         return f"parameter {index!r}" if name is None else f"parameter {index!r} ({name!r})"
 
 
 def overridden(cls: type, base: type, names: Sequence[str]) -> list[str]:
-    """Those of some methods that are not the base class's."""
+    """Return the names of those methods that a class does not have from the base class."""
     return [name for name in names if getattr(cls, name) is not getattr(base, name)]
 
 

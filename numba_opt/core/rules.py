@@ -37,7 +37,7 @@ WHERE = re.compile(
 
 
 class HasRule:
-    """What an optimizer is here, which says more of it."""
+    """The part of an optimizer that says what its rule and its states are."""
 
     rule: Any
     state_names: Any
@@ -49,7 +49,7 @@ class WrongResultError(TypeError):
 
 
 class Rule(NamedTuple):
-    """What the loops need to know of an optimizer."""
+    """An optimizer's rule as the loops take it: its function, and the states that go with it."""
 
     function: Callable[..., Any]
     n_state: int
@@ -57,16 +57,16 @@ class Rule(NamedTuple):
 
     @property
     def n_coefficients(self) -> int:
-        """How many coefficients the function takes."""
+        """Number of coefficients that the function takes."""
         return self.function.__code__.co_argcount - 2 - self.n_state - int(self.per_row)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells it from every other rule, in any process."""
+        """Key that tells the rule from every other rule, in any process."""
         return fingerprint.fingerprint(self.function), self.n_state, self.per_row
 
     def row_length(self, stochastic: bool = False) -> int:
-        """How many numbers a row of coefficients has.
+        """Return the number of entries of a row of coefficients.
 
         Three come before the function's own, and two after them where states are rounded stochastically.
         """
@@ -90,7 +90,7 @@ class Checked:
         self.reached = fingerprint.look(self.function)
 
     def holds(self, optimizer: HasRule) -> bool:
-        """Whether the optimizer's rule is still the one that was checked."""
+        """Tell whether the optimizer's rule is still the one that was checked."""
         rule: Any = optimizer.rule
         return (
             getattr(rule, "__func__", rule) is self.function
@@ -101,7 +101,7 @@ class Checked:
         )
 
     def coefficients(self, given: Any) -> tuple[float, ...]:
-        """What `hyper` has returned, if it is what the rule takes.
+        """Return the result of `hyper`, if it is what the rule takes.
 
         Raises
         ------
@@ -131,7 +131,7 @@ _on_arrays: WeakKeyDictionary[Any, Rule] = WeakKeyDictionary()  # those that tak
 
 
 def check(owner: str, given: Any, states: Any, per_row: Any) -> Rule:
-    """The rule of a class of optimizers.
+    """Check and return the rule of a class of optimizers.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def check(owner: str, given: Any, states: Any, per_row: Any) -> Rule:
 
 
 def kernel(make: Callable[..., Any], rule: Rule, *how: Any) -> Any:
-    """A kernel of a rule: what ``make(rule, *how)`` gives; errors are those of `explain`."""
+    """Make a kernel of a rule by ``make(rule, *how)``; errors are those of `explain`."""
     try:
         return make(rule, *how)
     except Exception as error:
@@ -234,7 +234,7 @@ def check_on_arrays(rule: Rule) -> None:
 
 
 def name_of(function: Any, owner: str = "") -> str:
-    """What a rule is called in errors."""
+    """Return the name of a rule, for errors."""
     owner = owner or _owners.get(function, "")
     return f"rule {'of class ' * bool(owner)}{owner or function.__qualname__} ({_place_of(function)})"
 
@@ -304,7 +304,7 @@ def _check_arguments(rule: Rule, states: Sequence[str], what: str) -> None:
 
 
 def _results(rule: Rule, what: str) -> int:
-    """How many results a rule has: it is run on numbers, or where Python cannot do that, compiled."""
+    """Return the number of results of a rule, run on numbers, or where Python cannot do that, compiled."""
     function: Any = rule.function
     code, n = _lengths.get(function, (None, 0))
     if code is function.__code__:
@@ -330,7 +330,7 @@ def _results(rule: Rule, what: str) -> int:
 
 
 def _results_by_numba(function: Any, failed: Exception, what: str) -> int:
-    """How many results a rule has that Python fails to run."""
+    """Return the number of results of a rule that Python fails to run."""
     try:
         return _compiled_results(function)
     except WrongResultError as error:
@@ -340,7 +340,7 @@ def _results_by_numba(function: Any, failed: Exception, what: str) -> int:
 
 
 def _compiled_results(function: Any) -> int:
-    """How many results a rule has, as Numba finds."""
+    """Return the number of results of a rule, as Numba finds it."""
     count = function.__code__.co_argcount
     made = cache.compiled(function, fingerprint.fingerprint(function), name=f"rule-{function.__name__}")
     made.compile((numba_types.float64,) * count)

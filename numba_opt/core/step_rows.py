@@ -1,4 +1,4 @@
-"""What a step uses and leaves behind beside arrays: rows of coefficients, limits of the norm, an outcome."""
+"""The inputs and results of a step beside arrays: rows of coefficients, limits of the norm, an outcome."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class StepRows(NamedTuple):
 
     @classmethod
     def of(cls, keys: Iterable[Any], row: Callable[..., Row]) -> StepRows:
-        """Rows of coefficients from what they depend on, for each tensor; each one is worked out once."""
+        """Make rows of coefficients from what they depend on, for each tensor; work out each one once."""
         numbers: dict[Any, int] = {}
         row_of = [numbers.setdefault(key, len(numbers)) for key in keys]
         return cls([row(*key) for key in numbers], row_of)
 
     @classmethod
     def alike(cls, row: Row, tensors: int) -> StepRows:
-        """One row for all tensors."""
+        """Make one row for all tensors."""
         return cls([row], [0] * tensors)
 
     @property
     def rescale(self) -> float:
-        """What gradients are multiplied by, which is the same in all rows of a trainer."""
+        """Factor of the gradients, which is the same in all rows of a trainer."""
         return self.rows[0][0]
 
     def rescaled(self, rescale: float) -> StepRows:
-        """The same with gradients multiplied by something else."""
+        """Return the rows with another factor of the gradients."""
         return StepRows([(rescale, *row[1:]) for row in self.rows], self.row_of)
 
     def matrix(self) -> np.ndarray:
@@ -44,20 +44,20 @@ class StepRows(NamedTuple):
 
 
 class NormLimit(NamedTuple):
-    """What is asked for of the norm of all gradients: a limit (infinity: none), and to leave out a step."""
+    """A limit of the norm of all gradients (infinity: none), and whether non-finite steps are left out."""
 
     limit: float
     skip_nonfinite: bool
 
     def rescale(self, norm: float, rescale: float) -> float | None:
-        """What gradients are to be multiplied by, of which this is the norm; None: leave out the step."""
+        """Return the factor of gradients that have this norm; None: leave out the step."""
         if not math.isfinite(norm):
             return None if self.skip_nonfinite else rescale
         return rescale * self.limit / norm if norm > self.limit else rescale
 
 
 class Outcome(NamedTuple):
-    """What has become of a step."""
+    """The outcome of a step: the norm, and whether it was skipped or captured."""
 
     norm: Callable[[], float] | float | None = None  # of the gradients, if it was asked for
     skipped: bool = False

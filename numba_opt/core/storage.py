@@ -24,7 +24,7 @@ class Storage(NamedTuple):
 
     @property
     def half(self) -> bool:
-        """Whether it is computed in float32."""
+        """True if it is computed in float32."""
         return self.size == 2
 
 
@@ -96,7 +96,7 @@ def bfloat16() -> Any:
 
 
 def is_half(dtype: np.dtype) -> bool:
-    """Whether a dtype is float16 or bfloat16."""
+    """Tell whether a dtype is float16 or bfloat16."""
     return code_of(dtype) in HALVES
 
 
@@ -126,7 +126,7 @@ class _Fields(NamedTuple):
 
 
 class Layout(_Fields):
-    """How the arrays of a tensor are stored: a code for its gradient, its weight and each state.
+    """The storage of a tensor's arrays: a code for its gradient, its weight and each state.
 
     `grad` is empty where gradients come another way. `model_weight` is the code of the half-precision weight
     beside a float32 one; it is empty where there is none.
@@ -134,7 +134,7 @@ class Layout(_Fields):
 
     @cached_property
     def own(self) -> Layout:
-        """The same without a gradient."""
+        """The layout without a gradient."""
         return Layout("", *self[1:])
 
     @cached_property
@@ -144,7 +144,7 @@ class Layout(_Fields):
 
     @property
     def text(self) -> str:
-        """The same as a text, for keys and for compiled code."""
+        """The codes as a text, for keys and for compiled code."""
         return " ".join(self.codes)
 
     @cached_property
@@ -154,7 +154,7 @@ class Layout(_Fields):
 
     @property
     def stochastic(self) -> bool:
-        """Whether states are rounded stochastically."""
+        """True if states are rounded stochastically."""
         return any(code.endswith(STOCHASTIC) for code in self.states)
 
     @property
@@ -164,7 +164,7 @@ class Layout(_Fields):
 
     @cached_property
     def real(self) -> np.dtype:
-        """The same as a dtype."""
+        """The dtype of the precision in which the rule is evaluated."""
         return dtype_of(self.compute)
 
     @property
@@ -179,7 +179,7 @@ class Layout(_Fields):
 
 
 class TouchedForm(NamedTuple):
-    """How a sparse gradient is given: what it is made of, how its numbers are stored, and its indices."""
+    """The form of a sparse gradient: what it is made of, how its numbers are stored, and its indices."""
 
     kind: str
     grad: str = ""
@@ -193,7 +193,7 @@ class TouchedForm(NamedTuple):
 
 @cache
 def layout_of(packed: int, columns: int, n_state: int, state_storage: str = "") -> Layout | None:
-    """How arrays with these storages, packed into one number, are laid out; None if no kernel takes them.
+    """Return the layout of arrays with these storages, packed into one number; None if no kernel takes them.
 
     States must be stored as `state_storage` says, or, if it is empty, as the weight.
     """
@@ -214,7 +214,7 @@ def layout_of(packed: int, columns: int, n_state: int, state_storage: str = "") 
 
 @cache
 def own_layout(packed: int, columns: int, n_state: int, state_storage: str = "") -> Layout | None:
-    """How a tensor's arrays other than its gradient, which may be absent, are laid out."""
+    """Return the layout of a tensor's arrays other than its gradient, which may be absent."""
     if packed & ABSENT == ABSENT:  # as if there were one of the weight's storage
         packed += (packed >> BITS & ABSENT) - ABSENT
     layout = layout_of(packed, columns, n_state, state_storage)

@@ -11,7 +11,7 @@ Totals = list[Any]  # of all parameters; None where there is none
 
 
 class Add(Protocol):
-    """What adds gradients, which have been checked, and then makes calls that are not written in Python."""
+    """A call that adds gradients, which have been checked, and then makes calls not written in Python."""
 
     def __call__(self, after: Sequence[partial[Any]] = ()) -> None: ...
 
@@ -30,7 +30,7 @@ class Sums(ABC):
     def plus(
         self, totals: Totals, grads: Mapping[int, Any], weights: Mapping[int, Any]
     ) -> tuple[Totals, Add]:
-        """The totals as they will be with gradients at some positions, and what adds those.
+        """Return the totals as they will be with gradients at some positions, and the call that adds those.
 
         Raises
         ------
@@ -42,16 +42,16 @@ class Sums(ABC):
     def for_step(
         self, totals: Totals, grads: Mapping[int, Any], weights: Mapping[int, Any]
     ) -> tuple[Totals, Callable[[], None] | None]:
-        """The same for a step that may fail yet: what is to happen before it, if anything is left to do."""
+        """Return the totals for a step that may fail yet, and a call to make before it, or None."""
 
     @abstractmethod
     def dense(self, t: int, weight: Any) -> Any:
-        """Where the sum of a parameter's gradients is, if it is dense: an array like its weight."""
+        """Return the array like its weight in which the sum of a parameter's dense gradients is held."""
 
     @abstractmethod
     def sparse(self, weight: Any, saved: Any, what: str) -> Any:
-        """A sparse sum with the content of one that was saved."""
+        """Make a sparse sum with the content of one that was saved."""
 
     def out_of_range_rows(self) -> bool:
-        """Whether a sparse gradient had rows that its parameter has not; waits for the device."""
+        """Tell whether a sparse gradient had rows that its parameter has not; waits for the device."""
         return False

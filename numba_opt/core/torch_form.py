@@ -14,7 +14,7 @@ from .. import arguments
 
 
 class Variant(NamedTuple):
-    """What a group's options ask for of a rule of torch's own."""
+    """A rule of torch's own, as a group's options ask for it, with its states and hyper-parameters."""
 
     rule: Callable[..., Any]
     states: tuple[str, ...]  # what they are called in torch's state
@@ -87,7 +87,7 @@ class TorchForm:
 
     @classmethod
     def own_options(cls, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Where torch has none: arguments of this package's optimizer that a group's options stand for."""
+        """Return this package's options that stand for a group's, where torch has no formula for them."""
         return {}
 
 

@@ -16,7 +16,7 @@ class Claim(list[Any]):  # of tuples there are no weak references
 
 
 class Turn:
-    """Who may use an object: one caller, until its claim is gone.
+    """The turns of an object's callers: one of them may use it, until its claim is gone.
 
     Another thread waits. The same thread, which can come again only from a signal's handler or from code that
     a call runs, gets a RuntimeError. So that nothing that a handler or a profiler raises can leave the object
@@ -66,7 +66,7 @@ class Turn:
 
 
 def _nobody() -> None:
-    """Before the first claim there is none."""
+    """Return None, the claim before the first one."""
 
 
 _process = object()  # this one, which a forked child is not

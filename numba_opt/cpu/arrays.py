@@ -74,7 +74,7 @@ def to_host(array: Any, what: str) -> np.ndarray:
 
 
 def writable(array: Any, what: str) -> np.ndarray:
-    """Something that takes ``[...] = array``, and has the array's shape and dtype."""
+    """Return something that takes ``[...] = array``, and has the array's shape and dtype."""
     return as_array(array, what)
 
 
@@ -82,7 +82,7 @@ def writable(array: Any, what: str) -> np.ndarray:
 
 
 def one_by_one(arrays: Arrays) -> tuple[list[list[Any]], list[tuple[np.ndarray, np.ndarray]]]:
-    """The columns as arrays that a kernel can take, and what stands in for others; all of it checked."""
+    """Return the columns as arrays that a kernel can take, all checked, and what stands in for others."""
     names = arrays.names()
     columns: list[list[Any]] = [
         [
@@ -136,7 +136,7 @@ def _replace(columns: list[list[Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def scan_of(columns: Sequence[Sequence[Any]]) -> Scan:
-    """What `numba_opt.cpu.ndarray.read` finds, from each array's own word."""
+    """Make the scan that `numba_opt.cpu.ndarray.read` would make, by each array's own word."""
     weights = columns[WEIGHT]
     width = [w.size // w.shape[0] if w.ndim and w.shape[0] else 1 for w in weights]
     nothing = [0] * len(weights)
@@ -228,7 +228,7 @@ def check_apart(
 
 
 def _share(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have an element in common; true also where finding out takes too long."""
+    """Tell whether two arrays have an element in common; true also where finding out takes too long."""
     limit: Any = 1_000_000  # NumPy's own annotations have said different things of it
     try:
         return np.shares_memory(a, b, max_work=limit)

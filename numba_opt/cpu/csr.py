@@ -14,7 +14,7 @@ from . import measures, merge, threads
 
 
 class CsrRows(NamedTuple):
-    """Those rows of a CSR matrix (or columns of a CSC matrix) that hold an entry.
+    """The rows of a CSR matrix (or columns of a CSC matrix) that hold an entry.
 
     The arrays are as they were when they were looked at, unless somebody changes entries or columns
     meanwhile.
@@ -110,7 +110,7 @@ def check_compressed(data: Any, indices: Any, indptr: Any, major: int, what: str
 
 
 def _order_of_columns(columns: np.ndarray, width: int) -> int:
-    """GOOD if they run from 0 to the width in each row, UNSORTED if they don't, BAD if one leads outside."""
+    """Return GOOD if columns run from 0 to the width in each row, UNSORTED if not, BAD if one is outside."""
     if not len(columns) or not width:
         return merge.BAD if len(columns) else merge.GOOD
     table = np.array([[columns.ctypes.data, width, 0]], np.uint64)

@@ -47,7 +47,7 @@ class DeferredSteps:
 
     @property
     def length(self) -> int:
-        """How many coefficients a step has."""
+        """Number of coefficients of a step."""
         return int(self._rows.shape[1])
 
     def rows(self) -> np.ndarray:
@@ -55,7 +55,7 @@ class DeferredSteps:
         return self._rows[: self.recorded]
 
     def trim(self, last_step: np.ndarray) -> list[partial[Any]]:
-        """Forget the steps that every row has taken, now and then."""
+        """Return the calls that forget the steps that every row has taken, now and then."""
         if self.recorded < self._trim_at:
             return []
         passed = max(int(last_step.min(initial=self.recorded)), 0)  # negative ones count as 0
@@ -80,14 +80,14 @@ class DeferredSteps:
         return np.arange(first, min(height, first - (-height // (self.LIMIT // 2))))
 
     def record(self, height: int) -> list[partial[Any]]:
-        """The step has been made."""
+        """Return the calls that note that the step has been made."""
         return [
             partial(setattr, self, "_next", self._next + len(self.overdue(height))),
             partial(setattr, self, "recorded", self.recorded + 1),
         ]
 
     def clear(self, last_step: np.ndarray) -> list[partial[Any]]:
-        """Every row has taken every step."""
+        """Return the calls that note that every row has taken every step."""
         return [partial(setattr, self, "recorded", 0), partial(operator.setitem, last_step, ..., 0)]
 
 

@@ -175,7 +175,7 @@ def as_matrix(rows: StepRows, real: np.dtype, length: int) -> np.ndarray:
 
 
 def _settled(call: Call) -> list[partial[Any]]:
-    """What brings deferred steps to where the rows will be."""
+    """Return the calls that bring deferred steps to where the rows will be."""
     caught_up = [call.deferred[t].clear(call.last_steps[t]) for t in call.pending()]
     touched = [t for t in call.touched if t in call.deferred]
     recorded = [call.deferred[t].record(len(call.last_steps[t])) for t in touched]

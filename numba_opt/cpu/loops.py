@@ -50,7 +50,7 @@ def ceildiv(a, b):
 
 
 def tensor_at(offsets, element):
-    """Which tensor holds an element of the long line: the last one that starts at or before it."""
+    """Return the tensor that holds an element of the long line: the last one that starts at or before it."""
     low, high = 0, offsets.size - 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -62,7 +62,7 @@ def tensor_at(offsets, element):
 
 
 def row_bytes(width, size):
-    """What a row of scratch takes, whole cache lines, where each of its numbers takes `size` bytes."""
+    """Return the bytes of a row of scratch, whole cache lines, if each of its numbers takes `size` bytes."""
     return ceildiv(width * size, 64) * 64
 
 
@@ -85,13 +85,13 @@ def dense(rule: Rule, layout: Layout) -> Any:
 
 
 def scratch_bytes(rule: Rule, layout: Layout, width: int, summed: bool = False) -> int:
-    """What a thread needs for itself: a row where rows are reduced, and one where gradients are `summed`."""
+    """Return a thread's bytes of scratch: a row where rows are reduced, one where gradients are `summed`."""
     bytes_of_row: int = row_bytes(width, layout.real.itemsize)
     return (int(rule.per_row) + int(summed)) * bytes_of_row
 
 
 def line_of(widest: int) -> int:
-    """How many elements of so many bytes lie in a cache line of 64 bytes; arrays with smaller ones follow.
+    """Return how many elements of so many bytes a cache line of 64 bytes has; arrays of smaller ones follow.
 
     (Fetching every 16th element of float64, half of the lines, FTML reached 0.77 of a bare kernel's speed at
     10 million elements and 0.90 with every 8th; of float16 and bfloat16 every 32nd does.)
@@ -100,7 +100,7 @@ def line_of(widest: int) -> int:
 
 
 def _state_store(layout: Layout) -> Callable[..., Any]:
-    """How states are stored: ``store_states(states, i, values, key)``."""
+    """Make the function that stores states: ``store_states(states, i, values, key)``."""
 
     @register_jitable
     def nearest(states, i, values, key):
@@ -114,7 +114,7 @@ def _state_store(layout: Layout) -> Callable[..., Any]:
 
 
 def coefficient_reader(rule: Rule, layout: Layout) -> Callable[..., Any]:
-    """What a row of coefficients says: ``c, key = read(coefficients, k, tensor)``, the key of random bits.
+    """Make the reader of coefficients: ``c, key = read(coefficients, k, tensor)``, the key of random bits.
 
     It belongs outside of loops: the view of the row is counted in and out by atomic operations, which wait
     for all that has been written (a quarter of the time of GroupAdaGrad, when it was made for each row).

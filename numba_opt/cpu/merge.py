@@ -16,7 +16,7 @@ GOOD, UNSORTED, BAD = 0, 1, 2
 
 
 def look(rows, height):
-    """GOOD if row numbers are within the height and strictly increase, UNSORTED if they don't, else BAD."""
+    """Return GOOD if row numbers strictly increase within the height, UNSORTED if they don't, else BAD."""
     bad = unsorted = False
     for i in range(rows.size):
         bad |= (rows[i] < 0) | (rows[i] >= height)
@@ -63,7 +63,7 @@ def sort_by_digit(keys, order, shift, counts, next_keys, next_order):
 
 
 def find_groups(keys, touched, starts):
-    """The different ones among sorted keys and where each begins, and the last ends; returns their number."""
+    """Find the different ones among sorted keys, where each begins and the last ends; return their number."""
     k = 0
     for i in range(keys.size):
         if i == 0 or keys[i] != keys[i - 1]:
@@ -75,7 +75,7 @@ def find_groups(keys, touched, starts):
 
 
 def group_by_counting(rows, ends, touched, starts, order):
-    """The same with a counter for each row there is: four times as fast where these are not too many."""
+    """Group rows with a counter for each row there is: four times as fast where these are not too many."""
     for i in range(rows.size):
         ends[rows[i]] += 1
     k = total = 0
@@ -108,7 +108,7 @@ def rows_of_csr(indptr, available, width):
 
 
 def find_rows(indptr, available, width, rows, starts, found):
-    """`rows_of_csr` into arrays: `found` gets the number of rows, whether something is bad, whether all full.
+    """Write `rows_of_csr` into arrays: `found` gets the number of rows, whether any is bad, whether all full.
 
     Every number is read once, as another thread may change it.
     """

@@ -47,7 +47,7 @@ def field(array, offset):
 
 @register_jitable
 def storage_of(array, known, flags):
-    """Which of the known storages a plain array with these flags has; -1 if there is more to it."""
+    """Return the number of the known storage of a plain array with these flags; -1 if there is more to it."""
     if peek(array + uint64(HEADER - 8), uint64) != known[0]:  # a subclass, or something else
         return -1
     if peek(array + uint64(HEADER + FLAGS), int32) & flags != flags:
@@ -60,7 +60,7 @@ def storage_of(array, known, flags):
 
 @register_jitable
 def same_shape(a, b):
-    """Whether two arrays have the same shape."""
+    """Tell whether two arrays have the same shape."""
     ndim = peek(a + uint64(HEADER + NDIM), int32)
     if ndim != peek(b + uint64(HEADER + NDIM), int32):
         return False
@@ -73,7 +73,7 @@ def same_shape(a, b):
 
 @register_jitable
 def is_column(array, height):
-    """Whether an array has one number for each of so many rows."""
+    """Tell whether an array has one number for each of so many rows."""
     if peek(array + uint64(HEADER + NDIM), int32) != 2:
         return False
     shape = field(array, SHAPE)
@@ -81,7 +81,7 @@ def is_column(array, height):
 
 
 def scan(objects, known, none, n_state, per_row, addresses, bytes, sizes, storages):
-    """Read the arrays of a call into a `Scan`, and say whether that changed it.
+    """Read the arrays of a call into a `Scan`, and tell whether that changed it.
 
     `objects` holds the ids of array objects, one row each for the gradients, the weights, each state and
     perhaps for model weights; `none` is the id of an absent gradient or model weight. The answer is SAME;
@@ -134,7 +134,7 @@ def scan(objects, known, none, n_state, per_row, addresses, bytes, sizes, storag
 
 
 def overlap(starts, lengths, written, order):
-    """Whether memory that is written is shared with any other; `order` sorts the pieces by address.
+    """Tell whether memory that is written is shared with any other; `order` sorts the pieces by address.
 
     Pieces that are only read may share memory with one another.
     """
@@ -163,7 +163,7 @@ def objects(columns: Sequence[Sequence[Any]]) -> np.ndarray:
 
 
 def read(columns: Sequence[Sequence[Any]], n_state: int, per_row: bool) -> Scan | None:
-    """`scan` of the gradients, weights, states and perhaps model weights; None if any is not supported."""
+    """Return the scan of gradients, weights, states and perhaps model weights; None if one is unsupported."""
     found = blank(len(columns), len(columns[0]))
     answer = scan(objects(columns), known(), NONE, n_state, per_row, *found)
     return None if answer == UNSUPPORTED else found
@@ -173,7 +173,7 @@ NONE = np.uint64(id(None))
 
 
 def overlapping(found: Scan, read: Sequence[np.ndarray] = (), written: Sequence[np.ndarray] = ()) -> bool:
-    """Whether an array that will be written, a contiguous one like all others, shares memory with another."""
+    """Tell whether an array that will be written, contiguous like all others, shares memory with another."""
     tensors, columns = found.bytes.shape
     starts, lengths = found.addresses[:, :columns].ravel(), found.bytes.ravel()
     marks = _marks(tensors, columns)  # gradients are only read
@@ -191,7 +191,7 @@ def _marks(tensors: int, columns: int) -> np.ndarray:
 
 
 def known() -> np.ndarray:
-    """What `scan` compares objects with: the ids of the array type and of the dtypes.
+    """Return the ids that `scan` compares objects with: those of the array type and of the dtypes.
 
     NumPy has one object for each; that of bfloat16 belongs to the package ml_dtypes.
     """
@@ -205,7 +205,7 @@ def _known(_: bool) -> np.ndarray:
 
 @functools.cache
 def readable() -> bool:
-    """Whether array objects are laid out as this file says, tried on a few of them.
+    """Tell whether array objects are laid out as this file says, tried on a few of them.
 
     Without the GIL another thread might change an object while it is read.
     """

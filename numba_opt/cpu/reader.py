@@ -20,7 +20,7 @@ from .touched import touched_rows
 
 
 def read(arrays: Arrays) -> Call:
-    """The arrays of a call, sparse gradients and all, checked.
+    """Read the arrays of a call, sparse gradients and all, and check them.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def read(arrays: Arrays) -> Call:
 
 
 def read_dense(arrays: Arrays) -> Call:
-    """The arrays of a call whose sparse gradients, if there are any, have been taken out and looked at."""
+    """Read the arrays of a call whose sparse gradients, if any, have been taken out and looked at."""
     columns: Any = arrays.columns
     replaced: Any = ()
     scan = ndarray.read(columns, arrays.n_state, arrays.rule.per_row) if ndarray.readable() else None
@@ -67,7 +67,7 @@ def read_dense(arrays: Arrays) -> Call:
 
 
 def _in_order(scan: Scan, arrays: Arrays) -> bool:
-    """Whether kernels take these arrays together, and none that is written shares memory with another."""
+    """Tell whether kernels take these arrays together and none that is written shares memory with another."""
     if not go_together(scan, arrays.n_state, arrays.state_storage, arrays.touched):
         return False
     for t, last_step in arrays.last_steps.items():
@@ -78,7 +78,7 @@ def _in_order(scan: Scan, arrays: Arrays) -> bool:
 
 
 def _take_sparse(arrays: Arrays) -> Arrays:
-    """The same without sparse gradients, and with what they touch."""
+    """Return the arrays without sparse gradients, and with what these touch."""
     given = arrays.columns[GRAD]
     if set(map(type, given)) <= {np.ndarray}:  # most calls have nothing else
         return arrays
@@ -107,7 +107,7 @@ class PlainReader:
         self._kept: Arrays | None = None
 
     def look(self, arrays: Arrays, grads: Sequence[Any], ids: np.ndarray | None) -> int:
-        """SAME, MOVED, CHANGED, or UNSUPPORTED if any array needs a closer look; `ids` are the objects'."""
+        """Return SAME, MOVED, CHANGED, or UNSUPPORTED if it takes a closer look; `ids` are the objects'."""
         if not (grads and arrays.fused and not arrays.last_steps and ndarray.readable()):
             return ndarray.UNSUPPORTED
         known, self._known = self._known, False  # nothing is known if an exception comes in between
@@ -132,7 +132,7 @@ class PlainReader:
         return answer
 
     def _is_like_before(self, arrays: Arrays) -> bool:
-        """Whether the scan is one of as many arrays of the same kinds; else it is made anew."""
+        """Tell whether the scan is one of as many arrays of the same kinds; else make it anew."""
         columns, tensors = len(arrays.columns), len(arrays.weights)
         form = (columns, tensors, arrays.rule, arrays.state_storage, arrays.tensor_ids)
         if form == self._form:
@@ -143,6 +143,6 @@ class PlainReader:
         return False
 
     def call(self, arrays: Arrays) -> Call:
-        """What the last look has found, as a call that keeps nothing alive."""
+        """Make a call, which keeps nothing alive, of what the last look has found."""
         found = tables(self.scan, arrays.n_state, arrays.state_storage)
         return Call(arrays.rule, self.scan, found, arrays.state_storage)

@@ -27,7 +27,7 @@ StoreState = Callable[[int, np.ndarray, np.ndarray, "np.ndarray | None", Any], N
 
 
 def step(call: Call, step_rows: StepRows) -> list[partial[Any]]:
-    """A step of all parameters, as what puts its results into their places."""
+    """Work out a step of all parameters; return the calls that put its results into their places."""
     rules.check_on_arrays(call.rule)
     written = []
     for t, number in enumerate(step_rows.row_of):
@@ -53,7 +53,7 @@ def step(call: Call, step_rows: StepRows) -> list[partial[Any]]:
 
 
 def catch_up(call: Call, t: int) -> list[partial[Any]]:
-    """The steps that all rows of a parameter have yet to take."""
+    """Work out the steps that all rows of a parameter have yet to take; return the calls that store them."""
     rules.check_on_arrays(call.rule)
     arrays = [column[t] for column in call.arrays[1:]]
     fresh = _copies(arrays)
@@ -66,7 +66,7 @@ def _copies(arrays: Sequence[Any]) -> list[Any]:
 
 
 def _putting(arrays: Sequence[Any], fresh: Sequence[Any]) -> list[partial[Any]]:
-    """What puts other contents into some arrays."""
+    """Return the calls that put other contents into some arrays."""
     pairs = zip(arrays, fresh, strict=True)
     return [partial(operator.setitem, array, ..., new) for array, new in pairs if array is not None]
 
@@ -84,7 +84,7 @@ def _catch_up(call: Call, t: int, arrays: Sequence[Any], last_step: np.ndarray) 
 
 
 def _state_store(call: Call, t: int) -> StoreState:
-    """How the states of a parameter are stored."""
+    """Make the function that stores the states of a parameter."""
 
     def nearest(k: int, array: np.ndarray, values: np.ndarray, rows: np.ndarray | None, row: Any) -> None:
         array[...] = _as_stored(array, values)

@@ -84,14 +84,14 @@ class RowSparse:
             check_numbers(self.rows, "rows of RowSparse", self.shape[0])
 
     def _looked_at(self) -> tuple[np.ndarray, np.ndarray]:
-        """NumPy arrays like the rows and the values; if those are on a GPU, they stand for them only."""
+        """Return NumPy arrays like the rows and the values, which only stand for those that are on a GPU."""
         if not self.on_cuda:
             return self.rows, self.values
         look_at = cuda_arrays.look_at
         return look_at(self.rows, "rows of RowSparse"), look_at(self.values, "values of RowSparse")
 
     def to_host(self) -> RowSparse:
-        """The same with NumPy arrays: itself, or a copy of what is on a GPU, for which the host waits."""
+        """Return the gradient with NumPy arrays: itself, or a copy from a GPU, for which the host waits."""
         if not self.on_cuda:
             return self
         to_host = cuda_arrays.to_host
@@ -100,7 +100,7 @@ class RowSparse:
 
     @classmethod
     def from_csr(cls, matrix: Any, what: str = "matrix") -> RowSparse:
-        """The rows of a CSR matrix that hold an entry; duplicate entries are summed.
+        """Take the rows of a CSR matrix that hold an entry; duplicate entries are summed.
 
         `what` is what errors call it.
         """
@@ -117,7 +117,7 @@ class RowSparse:
         return self._looked_at()[1].dtype
 
     def to_dense(self) -> np.ndarray:
-        """The gradient as an ordinary NumPy array."""
+        """Return the gradient as an ordinary NumPy array."""
         if self.on_cuda:
             return self.to_host().to_dense()
         dense = np.zeros(self.shape, self.dtype)
@@ -125,7 +125,7 @@ class RowSparse:
         return dense
 
     def coalesce(self) -> RowSparse:
-        """The same with each row once, in order, as NumPy arrays."""
+        """Return the gradient with each row once, in order, as NumPy arrays."""
         if self.on_cuda:
             return self.to_host().coalesce()
         rows, inverse = np.unique(self.rows, return_inverse=True)
@@ -148,7 +148,7 @@ def _as_numpy(given: Any, what: str) -> np.ndarray:
 
 
 def is_sparse(grad: Any) -> bool:
-    """Whether a gradient is one that this module deals with."""
+    """Tell whether a gradient is a `RowSparse` or a scipy.sparse matrix."""
     if isinstance(grad, RowSparse):
         return True
     issparse = loaded("scipy.sparse", "issparse")

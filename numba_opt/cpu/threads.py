@@ -59,7 +59,7 @@ _starting = threading.RLock()
 
 
 def count() -> int:
-    """How many threads may work on one kernel: Numba's number, `NUMBA_NUM_THREADS` included."""
+    """Return the number of threads that may work on one kernel: Numba's, `NUMBA_NUM_THREADS` included."""
     # get_num_threads starts Numba's threading layer, which must not happen because of us
     return numba.get_num_threads() if parallel._is_initialized else numba.config.NUMBA_NUM_THREADS
 
@@ -93,7 +93,7 @@ def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
 
 
 def scratch(places: int, size: int) -> np.ndarray:
-    """So many bytes, not set to anything, for each of the threads that may join in."""
+    """Return so many bytes, not set to anything, for each of the threads that may join in."""
     return np.empty((places, size), np.uint8)
 
 
@@ -138,7 +138,7 @@ def _help(jobs: queue.SimpleQueue[list[partial[Any]]]) -> None:
 
 
 def _forget() -> None:
-    """In a forked child no helper is alive."""
+    """Forget all helpers: in a forked child none is alive."""
     global _jobs, _helpers, _starting
     _jobs = queue.SimpleQueue()
     _helpers = []

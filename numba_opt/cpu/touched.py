@@ -1,4 +1,4 @@
-"""What sparse gradients touch: rows of a parameter, and where the parts of each one are.
+"""The rows of a parameter that sparse gradients touch, and where the parts of each one are.
 
 Each row that is touched takes a step; how its numbers come about, from a block of rows with duplicates or
 from entries of a CSR matrix, is left to the kernel, which sums a row's parts just before it needs them.
@@ -18,7 +18,7 @@ from .row_sparse import RowSparse, check_block, check_shape
 
 
 class TouchedRows(NamedTuple):
-    """What the kernel needs to know of a gradient; it keeps the arrays alive."""
+    """The rows that a gradient touches, as the kernel takes them; it keeps the arrays alive."""
 
     form: TouchedForm
     data: np.ndarray
@@ -29,7 +29,7 @@ class TouchedRows(NamedTuple):
 
     @property
     def lines(self) -> int:
-        """How many rows' worth of work there is: a block's parts, or touched rows."""
+        """Number of rows' worth of work: a block's parts, or touched rows."""
         if self.form.kind == "block" and self.places is not None:
             return len(self.places)
         return len(self.rows)
@@ -39,7 +39,7 @@ class TouchedRows(NamedTuple):
         return [a for a in (self.data, self.rows, self.starts, self.places, self.given) if a is not None]
 
     def summed(self, weight: np.ndarray) -> np.ndarray:
-        """For each touched row the sum of its parts, in the weight's precision."""
+        """Return the sum of each touched row's parts, in the weight's precision."""
         dense = np.zeros((len(self.rows), math.prod(weight.shape[1:])), compute_dtype(weight.dtype))
         with np.errstate(all="ignore"):
             if self.starts is None:
@@ -62,7 +62,7 @@ class TouchedRows(NamedTuple):
 
 
 def touched_rows(grad: Any, weight: np.ndarray, what: str) -> TouchedRows:
-    """What a sparse gradient touches; every number in it is checked.
+    """Return the rows that a sparse gradient touches; every number in it is checked.
 
     Raises
     ------

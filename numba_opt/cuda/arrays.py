@@ -1,4 +1,4 @@
-"""What a CUDA array is: its address, dtype, shape and device, and the stream that its library is at.
+"""CUDA arrays: their address, dtype, shape and device, and the stream that their library is at.
 
 Numba's CUDA compiler and the driver are looked for when the first CUDA array arrives, not before. Arrays are
 looked at through NumPy arrays that stand for them, with the same address, dtype and shape, which nobody
@@ -126,7 +126,7 @@ def current_stream(weight: Any, number: int) -> int:
 
 
 class View(NamedTuple):
-    """What is known of a CUDA array."""
+    """A CUDA array's memory, device and stream."""
 
     shadow: np.ndarray  # stands for it; its memory is the device's and must not be read
     device: int
@@ -150,7 +150,7 @@ def library_of(value: Any) -> tuple[Any, Any]:
 
 
 def look(value: Any, what: str) -> View:
-    """What is known of a CUDA array.
+    """Return the view of a CUDA array.
 
     Raises
     ------
@@ -197,7 +197,7 @@ def _look_at_tensor(tensor: Any, what: str) -> View:
 
 
 def _from_dlpack(value: Any, what: str) -> Any:
-    """Something with ``__cuda_array_interface__`` that shares an array's memory which only has DLPack."""
+    """Return an object with ``__cuda_array_interface__`` over the memory of an array that only has DLPack."""
     for name in ("torch", "cupy"):
         if convert := loaded(name, "from_dlpack"):
             return convert(value)
@@ -278,7 +278,7 @@ def to_host(array: Any, what: str) -> np.ndarray:
 
 
 def writable(array: Any, what: str) -> Any:
-    """Something that takes ``[...] = array`` for a CUDA array, and has its shape and dtype."""
+    """Return something that takes ``[...] = array`` for a CUDA array, and has its shape and dtype."""
     return Writable(look(array, what))
 
 
@@ -301,7 +301,7 @@ def place(shadow: np.ndarray) -> int:
 
 
 def address_of(value: Any) -> int:
-    """Where an array is, found quickly."""
+    """Return the address of an array, found quickly."""
     if hasattr(value, "data_ptr"):
         return value.data_ptr()
     pointer = getattr(getattr(value, "data", None), "ptr", None)
@@ -309,7 +309,7 @@ def address_of(value: Any) -> int:
 
 
 def kind_of(value: Any) -> Any:
-    """All that matters of a PyTorch tensor but its address, found quickly; None of any other array."""
+    """Return all that matters of a PyTorch tensor but its address, quickly; None for any other array."""
     torch, _ = library_of(value)
     if torch is None or value.layout is not torch.strided or value.is_neg():
         return None

@@ -1,4 +1,4 @@
-"""What is where in a device's buffer of coefficients: for kernels, and for the host without them."""
+"""The layout of a device's buffer of coefficients: for kernels, and for the host without them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class DeviceCall(NamedTuple):
 
 
 def read(arrays: Arrays) -> list[DeviceCall]:
-    """The arrays of a call, all of it checked, by device.
+    """Read the arrays of a call, all of it checked, by device.
 
     Raises
     ------
@@ -59,12 +59,12 @@ def read(arrays: Arrays) -> list[DeviceCall]:
 
 
 def check(arrays: Arrays) -> None:
-    """What `read` would refuse, but for gradients, refused."""
+    """Refuse what `read` would refuse, but for gradients."""
     read(arrays.without_grads())
 
 
 def _take_sparse(arrays: Arrays) -> tuple[Arrays, dict[int, Any]]:
-    """The same without sparse gradients, and those."""
+    """Return the arrays without sparse gradients, and those gradients by position."""
     given = arrays.columns[GRAD]
     sparse = {t: grad for t, grad in enumerate(given) if is_sparse(grad)}
     rest = [None if t in sparse else grad for t, grad in enumerate(given)]
@@ -72,7 +72,7 @@ def _take_sparse(arrays: Arrays) -> tuple[Arrays, dict[int, Any]]:
 
 
 def _views(arrays: Arrays) -> list[list[View | None]]:
-    """What is known of all arrays of a call, each one where its weight is."""
+    """Return the views of all arrays of a call, each one where its weight is."""
     names = arrays.names()
     views = [
         [
@@ -126,14 +126,14 @@ class SeenColumn:
         self._refs = [weakref.ref(value, self._gone.append) for value in whole]
 
     def same(self, column: Sequence[Any]) -> bool:
-        """Whether these are the same arrays, where they were."""
+        """Tell whether these are the same arrays, where they were."""
         if self._gone or list(map(id, column)) != self._ids:
             return False
         return list(map(self._read, column)) == self._places
 
 
 def _reader(column: Sequence[Any]) -> Callable[[Any], Any]:
-    """What says most quickly where each of these arrays is."""
+    """Return the function that says most quickly where each of these arrays is."""
     for read_place in READERS:
         with suppress(AttributeError):  # one of them is not of that library
             list(map(read_place, column))
@@ -159,7 +159,7 @@ def _all_arrays(column: Sequence[Any]) -> Iterator[Any]:
 
 
 def _place_of(value: Any) -> Any:
-    """Where an array is, or the arrays that a sparse gradient is made of."""
+    """Return the address of an array, or the ids and addresses of those that a sparse gradient is made of."""
     if value is None:
         return 0
     if is_sparse(value):

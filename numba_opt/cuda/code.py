@@ -62,7 +62,7 @@ def compiled(kernel: KernelSource, capability: Capability) -> Code:
 
 
 def how_many() -> int:
-    """How many kernels this thread had to compile."""
+    """Return how many kernels this thread had to compile."""
     return getattr(_local, "compiled", 0)
 
 

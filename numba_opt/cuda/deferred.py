@@ -34,7 +34,7 @@ class DeviceDeferredSteps:
 
     @property
     def address(self) -> int:
-        """Where it is."""
+        """Address in the device's memory."""
         return int(self._memory.address)
 
     def rows(self) -> np.ndarray:
@@ -45,7 +45,7 @@ class DeviceDeferredSteps:
         return found.reshape(count, self.length).copy()
 
     def __reduce__(self) -> Any:
-        """In another process, and in a copy, the host has it until it is used."""
+        """Reduce it to the host's form, which another process or a copy has until it is used."""
         return DeferredSteps.of, (self.rows(),)
 
 

@@ -20,7 +20,7 @@ from .tables import PlacedTable, dense_table, pending_tables, row_tables
 
 
 class Captured(NamedTuple):
-    """What a graph does on a device."""
+    """The step that a graph makes on a device, and what it has the addresses of."""
 
     steps: DeviceSteps
     call: DeviceCall
@@ -29,7 +29,7 @@ class Captured(NamedTuple):
 
 
 class DeviceSteps:
-    """Those arrays of a call that are on one device: tables there, and launches."""
+    """The arrays of a call that are on one device: tables there, and launches."""
 
     def __init__(self, rule: Rule, gpu: Any, members: list[int]) -> None:
         self.rule, self.gpu, self.members = rule, gpu, members
@@ -100,7 +100,7 @@ class DeviceSteps:
             held.call.deferred[t].recorded = 0
 
     def record(self, held: DeviceCall, stream: int) -> None:
-        """A step is about to be launched that records itself, if rows catch up."""
+        """Prepare and count a step that is about to be launched and records itself, if rows catch up."""
         touched, deferred = held.call.touched, held.call.deferred
         self.follow(held, stream)
         full = [t for t in touched.keys() & deferred.keys() if deferred[t].recorded == deferred[t].room]
@@ -126,7 +126,7 @@ class DeviceSteps:
     # ---------------------------------------------------------------- steps
 
     def freeze(self) -> Captured:
-        """What a graph has just been given, all that it has addresses of included, which stays as it is."""
+        """Keep as it is what a graph has just been given, with all that it has addresses of; return that."""
         self._frozen = True
         assert self.held is not None
         deferred = [*self.held.call.deferred.values()]
@@ -139,7 +139,7 @@ class DeviceSteps:
 
     @property
     def sums(self) -> int:
-        """How many sums of squares of its gradients there are."""
+        """Number of sums of squares of its gradients."""
         return sum(placed.sums for placed in self.placed)
 
     def come_to(self, stream: int) -> None:
@@ -152,7 +152,7 @@ class DeviceSteps:
     def written(
         self, rows: StepRows, matrix: np.ndarray, limit: NormLimit | None, stream: int, share: tuple[int, int]
     ) -> bool:
-        """Whether `write` has nothing to do."""
+        """Tell whether `write` has nothing to do."""
         if stream != self._last_stream or self.made_on - {stream} or not self.ready(rows.row_of, limit):
             return False
         return (limit is None or share == self._share) and self.buffer.has(matrix, limit)
@@ -194,7 +194,7 @@ class DeviceSteps:
         return [launch for placed in self.placed for launch in placed.updates]
 
     def ready(self, row_of: Sequence[int], limit: NormLimit | None) -> bool:
-        """Whether all is in place, but for the values of coefficients."""
+        """Tell whether all is in place, but for the values of coefficients."""
         if self._at != self.buffer.address or self._row_of is None:
             return False
         return (row_of is self._row_of or row_of == self._row_of) and (

@@ -24,7 +24,7 @@ class DriverError(RuntimeError):
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function of the driver gives back, if all went well."""
+    """Call a function of the driver and return its results; raise if it fails."""
     error, *found = function(*args)
     if error:
         text = driver.cuGetErrorString(error)[1]
@@ -47,7 +47,7 @@ def start() -> None:
 
 
 def count() -> int:
-    """How many devices there are."""
+    """Return the number of devices."""
     return int(call(driver.cuDeviceGetCount))
 
 
@@ -75,13 +75,13 @@ class Device:
         return int(call(driver.cuDeviceGetAttribute, kind, self._handle))
 
     def describe(self) -> dict[str, Any]:
-        """What it is."""
+        """Return the device's name, its compute capability and the bytes of its memory."""
         name = call(driver.cuDeviceGetName, 256, self._handle).split(b"\0")[0].decode()
         memory = int(call(driver.cuDeviceTotalMem, self._handle))
         return {"name": name, "capability": "{}.{}".format(*self.capability), "bytes": memory}
 
     def current(self) -> Current:
-        """While this lasts, what the driver is asked for is for this device."""
+        """Return a context in which the driver works for this device."""
         return self._current
 
     def function(self, kernel: KernelSource) -> Any:
@@ -96,7 +96,7 @@ class Device:
         return found
 
     def read(self, address: int, size: int) -> bytes:
-        """What is somewhere in the device's memory, once everything on the device is done."""
+        """Return bytes of the device's memory, once everything on the device is done."""
         found = ctypes.create_string_buffer(size)
         with self.current():
             call(driver.cuCtxSynchronize)
@@ -112,11 +112,11 @@ class Device:
                 call(driver.cuMemcpyHtoD, address, content.ctypes.data, content.nbytes)
 
     def memory(self, size: int) -> Memory:
-        """Some of the device's memory, all zero."""
+        """Allocate memory of the device, all zero."""
         return Memory(self, size)
 
     def pinned(self, size: int) -> Pinned:
-        """Some of the host's memory that the device can read by itself."""
+        """Allocate memory of the host that the device can read by itself."""
         return Pinned(self, size)
 
     def synchronize(self, stream: int) -> None:
@@ -131,7 +131,7 @@ class Device:
             call(driver.cuMemcpyPeerAsync, address, contexts[0], source, contexts[1], size, stream)
 
     def capturing(self, stream: int) -> bool:
-        """Whether what is launched on a stream goes into a graph, instead of being carried out."""
+        """Tell whether what is launched on a stream goes into a graph, instead of being carried out."""
         with self.current():
             status = call(driver.cuStreamIsCapturing, stream)
         return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
@@ -186,7 +186,7 @@ class Memory:
             pinned.mark(stream)
 
     def read(self, size: int) -> bytes:
-        """What the first bytes are, once everything on the device is done."""
+        """Return the first bytes, once everything on the device is done."""
         return self._device.read(self.address, size)
 
 
@@ -203,7 +203,7 @@ class Pinned:
         self.words = np.ctypeslib.as_array((ctypes.c_int64 * (size // 8)).from_address(self.address))
 
     def mark(self, stream: int) -> None:
-        """The stream has been asked to read this."""
+        """Note that the stream has been asked to read this."""
         call(driver.cuEventRecord, self._mark, stream)
 
     def settle(self) -> None:

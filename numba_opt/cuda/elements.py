@@ -1,4 +1,4 @@
-"""What the loops do to single elements on a GPU: addresses give and take numbers, several at an access.
+"""Single elements in the loops on a GPU: addresses give and take numbers, several at an access.
 
 Addresses are int64, as numbers of a table are, so that index arithmetic never mixes signs (Numba would go to
 float64). They become pointers in address space 1, without which every access asks at run time what memory it
@@ -24,12 +24,12 @@ NUMBERS = {"f16": types.float32, "bf16": types.float32}  # others are what they 
 
 
 def _known(*kinds):
-    """Whether arguments that an intrinsic is made of are constants; Numba asks without that first."""
+    """Tell whether arguments that an intrinsic is made of are constants; Numba asks without that first."""
     return all(isinstance(kind, types.Literal) for kind in kinds)
 
 
 def _codes(layout):
-    """How arrays are stored; that some are rounded stochastically matters to `store` alone."""
+    """Return the codes of arrays; that some are rounded stochastically matters to `store` alone."""
     return layout.literal_value.replace(STOCHASTIC, "").split()
 
 
@@ -59,7 +59,7 @@ def _stochastic(context, builder, number, code, element, key):
 
 
 def _vector(code, count):
-    """What an access moves. LLVM would move 16-bit integers in halves, so they come in pairs."""
+    """Return the type of an access. LLVM would move 16-bit integers in halves, so they come in pairs."""
     return ir.VectorType(I32, count // 2) if code == "bf16" else ir.VectorType(STORED[code], count)
 
 
@@ -229,7 +229,7 @@ def moved(typingctx, addresses, layout, elements):
 
 @intrinsic
 def aligned(typingctx, addresses):
-    """Whether all of some addresses are where accesses of 16 bytes may begin."""
+    """Tell whether all of some addresses are where accesses of 16 bytes may begin."""
     sig = types.boolean(addresses)
 
     def codegen(context, builder, sig, args):
@@ -276,7 +276,7 @@ def syncwarp(typingctx):
 
 @intrinsic
 def all_sync(typingctx, flag):
-    """Whether all threads of a warp say so."""
+    """Tell whether a flag is set in all threads of a warp."""
 
     def codegen(context, builder, sig, args):
         flag = ir.IntType(1)

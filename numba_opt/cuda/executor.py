@@ -123,7 +123,7 @@ class CudaExecutor(Executor):
         return Outcome(None if limit is None else self.norm, captured=captured)
 
     def launching(self, rows: StepRows, limit: NormLimit | None = None) -> tuple[Callable[[], None], bool]:
-        """What launches a step, for which all else is in place, and whether it goes into a graph."""
+        """Return the call that launches a step, all else being in place, and whether it goes into a graph."""
         streams = [steps.stream() for steps in self.steps]
         captured = [steps.gpu.capturing(at) for steps, at in zip(self.steps, streams, strict=True)]
         if any(captured):
@@ -227,6 +227,6 @@ class CudaExecutor(Executor):
         return bool(self._outputs()[OUT_OF_RANGE_ROWS])
 
     def _outputs(self) -> np.ndarray:
-        """What the kernels of all devices have said: a step that is skipped is so on all of them."""
+        """Return the outputs of the kernels of all devices: a step that is skipped is so on all of them."""
         outputs = [steps.buffer.outputs() for steps in self._of_device.values()]
         return np.max([np.zeros(OUT), *outputs], axis=0)

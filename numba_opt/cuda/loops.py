@@ -1,4 +1,4 @@
-"""What the kernels of a GPU do to elements and rows: walks over them, and the steps of a rule.
+"""The work of a GPU's kernels on elements and rows: walks over them, and the steps of a rule.
 
 The rules, what a gradient goes through before it gets to one, and stochastic rounding are the CPU's
 functions. Products and sums are not contracted, so that a GPU gives the CPU's bits.
@@ -31,7 +31,7 @@ def plus(total, grad):
 
 
 def begun(total, grad, zero):
-    """The same for the first gradient, whatever the sum's memory holds; -0 becomes 0, as it does in a sum."""
+    """Begin a sum with its first gradient, whatever its memory holds; -0 becomes 0, as it does in a sum."""
     return (grad + zero,)
 
 
@@ -50,7 +50,7 @@ def real_of(compute: str) -> Any:
 
 
 def row_address(compute: str) -> Callable[..., Any]:
-    """Where a tensor's row of coefficients is: ``address(buffer, room, entry, columns)``.
+    """Make ``address(buffer, room, entry, columns)``, the address of a tensor's row of coefficients.
 
     In the buffer, whose parts have room for so many numbers, and from its row of the table.
     """
@@ -64,7 +64,7 @@ def row_address(compute: str) -> Callable[..., Any]:
 
 
 def coefficient_reader(rule: Rule, layout: Layout) -> Callable[..., Any]:
-    """What reads all that a rule is given but elements: ``read(buffer, room, entry, columns)``.
+    """Make ``read(buffer, room, entry, columns)``, which reads all that a rule is given but elements.
 
     From the buffer, whose parts have room for so many numbers, and from a tensor's row of the table; see
     `coefficient_reader_at`.
@@ -79,7 +79,7 @@ def coefficient_reader(rule: Rule, layout: Layout) -> Callable[..., Any]:
 
 
 def coefficient_reader_at(rule: Rule, layout: Layout) -> Callable[..., Any]:
-    """What reads a row of coefficients at an address: ``read_at(address, entry, columns)``.
+    """Make ``read_at(address, entry, columns)``, which reads a row of coefficients at an address.
 
     The result is the coefficients, three that all have and the rule's own, and the key of random bits, if
     there are any, for the first element of the tensor that has that row of the table.
@@ -106,7 +106,7 @@ def coefficient_reader_at(rule: Rule, layout: Layout) -> Callable[..., Any]:
 
 @register_jitable
 def further(x, elements):
-    """What `coefficient_reader` reads, for a tensor's element from which on elements are counted."""
+    """Return what `coefficient_reader` reads, for a tensor's element from which on elements are counted."""
     return x[0], u4(x[1] + u4(elements))
 
 
@@ -114,7 +114,7 @@ def further(x, elements):
 
 
 def for_each(lanes: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``(function(a[0], b[0], x), function(a[1], b[1], x), ...)``, for so many of them, written out."""
+    """Make ``(function(a[0], b[0], x), function(a[1], b[1], x), ...)``, for so many of them, written out."""
     function = register_jitable(function)
     if lanes == 1:
         return register_jitable(lambda a, b, x: (function(a[0], b[0], x),))
@@ -173,7 +173,7 @@ def walk(
 
 
 def updating(rule: Rule, values: str, model_weight: str, real: Any) -> Callable[[int], Any]:
-    """What a walk does to update elements by a rule.
+    """Make the visitor of a walk that updates elements by a rule.
 
     `values` says how what changes is stored, the weight and the states that go with its elements;
     `model_weight` the half-precision weight beside a float32 one, if there is one.
@@ -202,7 +202,7 @@ def updating(rule: Rule, values: str, model_weight: str, real: Any) -> Callable[
 
 
 def squaring(weight: str, real: Any) -> Callable[[int], Any]:
-    """What a walk does to sum the squares of the gradients that a rule would see."""
+    """Make the visitor of a walk that sums the squares of the gradients that a rule would see."""
 
     def square(grad, value, c):
         g = prepare(real(grad[0]), value[0], c[0], c[1], c[2])
@@ -218,7 +218,7 @@ def squaring(weight: str, real: Any) -> Callable[[int], Any]:
 
 
 def squaring_alone(lanes: int) -> Any:
-    """What a walk does to sum the squares of gradients as they come, in double precision."""
+    """Make the visitor of a walk that sums the squares of gradients as they come, in double precision."""
 
     def square(grad, value, x):
         return np.float64(grad[0]) * np.float64(grad[0])

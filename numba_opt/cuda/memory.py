@@ -1,4 +1,4 @@
-"""What steps need in a GPU's memory: scratch, numbers that are written from the host, coefficients."""
+"""A GPU's memory as steps need it: scratch, numbers that are written from the host, coefficients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Scratch:
         self.memory: Any = None
 
     def has(self, words: int) -> bool:
-        """Whether so many words fit."""
+        """Tell whether so many words fit."""
         return self.memory is not None and bool(self.memory.size >= 8 * words)
 
     def resize(self, words: int) -> int:
@@ -32,7 +32,7 @@ class Scratch:
 
     @property
     def address(self) -> int:
-        """Where it is."""
+        """Address of the memory."""
         return int(self.memory.address)
 
 
@@ -88,11 +88,11 @@ class CoefficientBuffer:
         ]
 
     def holds(self, rows: np.ndarray) -> bool:
-        """Whether there is room for such rows."""
+        """Tell whether there is room for such rows."""
         return HEAD + rows.size <= self.room
 
     def has(self, rows: np.ndarray, limit: NormLimit | None) -> bool:
-        """Whether these are there, or will be once streams get there."""
+        """Tell whether these rows are there, with this limit, or will be once streams get there."""
         return (limit, rows.tobytes()) == self._written
 
     def write(self, rows: np.ndarray, limit: NormLimit | None, stream: int) -> None:
@@ -108,7 +108,7 @@ class CoefficientBuffer:
         self._written = limit, rows.tobytes()
 
     def outputs(self) -> np.ndarray:
-        """What kernels have said; waits for everything on the device."""
+        """Return what kernels have written; waits for everything on the device."""
         if self.memory is None:
             return np.zeros(OUT)
         out = np.frombuffer(self.memory.read(8 * OUT), np.float64).copy()
@@ -117,7 +117,7 @@ class CoefficientBuffer:
 
 
 class NoBuffer(NamedTuple):
-    """What stands for a buffer where kernels need none."""
+    """A stand-in for a buffer where kernels need none."""
 
     address: int = 0
     room: int = 0

@@ -70,7 +70,7 @@ OUT_OF_RANGE = -2  # instead of the number of a row, as is NOTHING
 
 
 def _by_rows(code: str, place: str, real: Any) -> Any:
-    """Gradients in a block whose rows are all different ones."""
+    """Make the source of gradients in a block whose rows are all different ones."""
     size, wide = SIZES[code], SIZES[place]
 
     @register_jitable
@@ -82,7 +82,7 @@ def _by_rows(code: str, place: str, real: Any) -> Any:
 
 
 def _by_keys(code: str, place: str, real: Any) -> Any:
-    """Gradients in a block whose rows may come more than once."""
+    """Make the source of gradients in a block whose rows may come more than once."""
 
     @register_jitable
     def source(head, k, width):
@@ -98,7 +98,7 @@ def _by_keys(code: str, place: str, real: Any) -> Any:
 
 
 def _by_every_row(code: str, place: str, real: Any) -> Any:
-    """The same where rows without a gradient get zero: a unit is a row, or what comes after the last one."""
+    """Make the source of `_by_keys` with zero for other rows: a unit is a row, or what comes after all."""
     first_of = bisection(lambda keys, k: number_at(keys, k) >> 32)
 
     @register_jitable
@@ -113,12 +113,12 @@ def _by_every_row(code: str, place: str, real: Any) -> Any:
 
 
 def _by_none(code: str, place: str, real: Any) -> Any:
-    """No gradients: all rows there are."""
+    """Make the source of no gradients: all rows there are."""
     return register_jitable(lambda head, k, width: (np.int64(k), (head[CUDA_DATA],))), None
 
 
 def _gather_keys(code: str, real: Any) -> Any:
-    """What sums an element's parts, from the first of its row's keys on."""
+    """Make the function that sums an element's parts, from the first of its row's keys on."""
     size = SIZES[code]
 
     @register_jitable
@@ -135,7 +135,7 @@ def _gather_keys(code: str, real: Any) -> Any:
 
 
 def _by_csr(code: str, place: str, real: Any, every: bool = False) -> Any:
-    """Gradients in the entries of a CSR matrix. With `every`, rows that have none get zero.
+    """Make the source of gradients in a CSR matrix's entries. With `every`, rows that have none get zero.
 
     A warp reads the columns of a row's n entries once, to see whether they rise. Each of the row's elements
     then reads some log2(n) of them, or all n if they do not.
@@ -190,13 +190,13 @@ SOURCES: dict[str, Callable[..., Any]] = {
 
 
 def source_for(form: TouchedForm, real: Any) -> tuple[Any, Any]:
-    """What finds the row of a unit, and what gathers an element of its gradient."""
+    """Return the functions that find the row of a unit and gather an element of its gradient."""
     found: tuple[Any, Any] = SOURCES[form.kind](form.grad, form.indices or "i64", real)
     return found
 
 
 def as_dense(gather: Any, code: str) -> Any:
-    """Sums as a dense gradient of a half-precision weight would have them, which is rounded."""
+    """Round gathered sums as a dense gradient of a half-precision weight would have them."""
     return register_jitable(lambda source, j: ((rounded(gather(source, j)[0][0], code),),))
 
 

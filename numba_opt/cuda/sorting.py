@@ -22,7 +22,7 @@ VACANT = -(1 << 63)  # instead of one in a block: nobody's place
 
 
 def bisection(key_at: Callable[..., Any]) -> Callable[..., Any]:
-    """Which is the first of some sorted keys that is not less than one: ``find(keys, low, high, key)``."""
+    """Make ``find(keys, low, high, key)``, which finds the first of some sorted keys not less than one."""
     key_at = register_jitable(key_at)
 
     @register_jitable
@@ -39,7 +39,7 @@ def bisection(key_at: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def placing(key_at: Callable[..., Any]) -> Callable[..., Any]:
-    """Where a key belongs once sorted runs of `run` keys, a power of two, have been merged two and two.
+    """Make the function that places a key as sorted runs of `run` keys, a power of two, merge two and two.
 
     It is behind those of its own run that are before it, and behind those of the other run that are less,
     which are found by bisection: keys are all different, and each one goes straight to where it belongs.

@@ -71,7 +71,7 @@ class CudaSums(Sums):
     def _adding(
         self, totals: Totals, grads: Mapping[int, Any], weights: Mapping[int, Any]
     ) -> tuple[Totals, Callable[[], None]]:
-        """The totals, in memory that is not touched yet, and what adds."""
+        """Return the totals, in memory that is not touched yet, and the call that adds."""
         found, before = list(totals), list(totals)
         calls: list[Callable[[], None]] = []
         for t, grad in grads.items():
@@ -125,7 +125,7 @@ class CudaSums(Sums):
     # ---------------------------------------------------------------- sparse gradients
 
     def _join(self, t: int, total: Any, grad: Any, weight: Any, calls: list[Callable[[], None]]) -> Any:
-        """A sum with one more gradient, which is sparse; what makes it comes to the calls."""
+        """Return a sum with one more gradient, which is sparse; append what makes it to `calls`."""
         view = look(weight, "weight")
         given = touched_rows(grad, view, f"gradient of parameter {self.names[t]!r}")
         before = total.count if isinstance(total, SparseSum) else 0
@@ -167,7 +167,7 @@ class CudaSums(Sums):
         return int(self._flags[number].address)
 
     def _spreading(self, parts: SparseSum, weight: Any, total: Any, every: bool) -> Callable[[], None]:
-        """What adds parts to a dense sum or, with `every`, lets that begin with them."""
+        """Make the call that adds parts to a dense sum or, with `every`, lets that begin with them."""
         block, place_of_sum = parts.block, place(look(total, "sum").shadow)
         if _capturing(weight, block.gpu.number):
             if not block.can_sort(parts.count):
@@ -185,7 +185,7 @@ def _capturing(weight: Any, number: int) -> bool:
 def _launching(
     launches: Sequence[Any], weight: Any, gpu: Any, given: DeviceTouchedRows | None = None
 ) -> Callable[[], None]:
-    """What launches kernels on a weight's stream, after the streams on which gradients are made."""
+    """Make the call that launches kernels on a weight's stream, after the streams that make gradients."""
     stream = current_stream(weight, gpu.number)
     others = {view.stream for view in given.views if view.stream} - {stream} if given else set()
 
@@ -233,7 +233,7 @@ class Block:
         return launch_over(self.gpu, kernel, units, (*given, self.width, *first, flag), by_warps)
 
     def can_sort(self, count: int) -> bool:
-        """Whether there is memory to sort so many keys."""
+        """Tell whether there is memory to sort so many keys."""
         return self._keys.has(2 * count)
 
     def spreading(self, count: int, total: int, every: bool, flag: int) -> list[Any]:

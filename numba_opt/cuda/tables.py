@@ -33,7 +33,7 @@ class DeviceTable(NamedTuple):
     record: Any = None  # and the one that comes after
 
     def like(self, other: DeviceTable) -> bool:
-        """Whether it can be where another one was."""
+        """Tell whether it can be where another one was."""
         mine, theirs = ((table.kind, table.members, len(table.sparse)) for table in (self, other))
         return mine == theirs
 
@@ -95,7 +95,7 @@ def pending_tables(call: Call, pending: Sequence[int]) -> Iterator[DeviceTable]:
 
 
 def _pending(call: Call, t: int) -> tuple[int, int]:
-    """Where a tensor's last steps and its deferred steps are, if it has any."""
+    """Return the addresses of a tensor's last steps and of its deferred steps, 0 if it has none."""
     return (call.last_steps[t].ctypes.data, call.deferred[t].address) if t in call.deferred else (0, 0)
 
 
@@ -109,7 +109,7 @@ def launch_over(gpu: Any, kernel: Any, units: int, arguments: tuple[int, ...], b
 
 
 def sorting(gpu: Any, indices: str, rows: int, count: int, height: int, place: int) -> tuple[list[Any], int]:
-    """What sorts the keys of row numbers, in memory for twice as many, and where they are then."""
+    """Return launches that sort keys of row numbers, in memory for twice as many, and their place then."""
     loops = kernels().loops
     source, target, run = place, place + 8 * count, loops.RUN
     launches = [launch_over(gpu, loops.keys(indices), -(-count // run), (rows, count, height, source), False)]
@@ -141,7 +141,7 @@ class PlacedTable:
             place += 16 * rows.units
 
     def _sort(self, entry: np.ndarray, rows: DeviceTouchedRows, place: int) -> int:
-        """Have a gradient's keys sorted, in memory for twice as many; says where they are then."""
+        """Have a gradient's keys sorted, in memory for twice as many; return where they are then."""
         numbers, height = int(entry[CUDA_INDICES]), int(entry[CUDA_HEIGHT])
         indices = f"i{8 * rows.indices.shadow.itemsize}"
         launches, sorted_keys = sorting(self._gpu, indices, numbers, rows.units, height, place)
@@ -176,7 +176,7 @@ class PlacedTable:
 
     @property
     def sums(self) -> int:
-        """How many sums of squares of the gradients there are."""
+        """Number of sums of squares of the gradients."""
         return int(self.table.lines[2, -1])
 
     def forget(self) -> Any:

@@ -18,7 +18,7 @@ from .arrays import View, look, place
 
 
 class DeviceTouchedRows(NamedTuple):
-    """What the kernel needs to know of a gradient."""
+    """A sparse gradient as the kernel takes it."""
 
     form: TouchedForm  # as `numba_opt.cuda.rows.rows` has it, for the rows that are touched
     data: View
@@ -40,7 +40,7 @@ class DeviceTouchedRows(NamedTuple):
         return [view for view in (self.data, self.indices, self.columns) if view is not None]
 
     def arrays(self) -> list[np.ndarray]:
-        """What stands for them."""
+        """Return the NumPy arrays that stand for the views' memory."""
         return [view.shadow for view in self.views]
 
     @property
@@ -50,14 +50,14 @@ class DeviceTouchedRows(NamedTuple):
         return int(entries if self.columns is None else min(entries, self.columns.shadow.size))
 
     def head(self, height: int, keys: int, last_step: int, deferred: int) -> list[int]:
-        """What the table says of it (`numba_opt.core.columns`), from these addresses."""
+        """Return its numbers in a row of the table (`numba_opt.core.columns`), from these addresses."""
         columns = 0 if self.columns is None else place(self.columns.shadow)
         arrays = [place(self.data.shadow), place(self.indices.shadow), columns, keys]
         return [*arrays, height, self.entries, last_step, deferred]
 
 
 def is_sparse(grad: Any) -> bool:
-    """Whether a gradient is one that this module deals with."""
+    """Tell whether a gradient is a sparse matrix or a `RowSparse` on a GPU."""
     issparse = loaded("scipy.sparse", "issparse")
     if issparse is not None and issparse(grad):
         return False
@@ -72,7 +72,7 @@ def arrays_of(grad: Any) -> list[Any]:
 
 
 def touched_rows(grad: Any, weight: View, what: str, sparse_update: str = "lazy") -> DeviceTouchedRows:
-    """What a sparse gradient says, as far as the host can know it.
+    """Return a sparse gradient as the kernel takes it, checked as far as the host can know it.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What every kernel of a GPU walks over: units of work, found in a table, for blocks or for warps.
+"""The units of work that every kernel of a GPU walks over, found in a table, for blocks or for warps.
 
 A table is what `numba_opt.core.columns` says, in the device's memory, but that a row of coefficients is
 named by where it begins among them all. A tensor is cut into units: CHUNK elements, which a block shares, so
@@ -49,7 +49,7 @@ def number_at(address, k):
 
 @register_jitable
 def tensor_at(starts, tensors, unit):
-    """Which tensor holds a unit of the long line: the last one that starts at or before it."""
+    """Return the tensor that holds a unit of the long line: the last one that starts at or before it."""
     low, high = 0, tensors
     while high - low > 1:
         middle = (low + high) >> 1

@@ -1,4 +1,4 @@
-"""What the optimizers do on real data: a network that reads digits, and embeddings of words.
+"""The optimizers on real data: a network that reads digits, and embeddings of words.
 
 Run it by ``numba-opt demo``. `digits` shows `Updater` at work on a model written in NumPy; `words` shows
 `Optimizer.update` on the few rows of a large table that a batch touches. It needs the extra ``demo``.

@@ -29,7 +29,7 @@ class Data(NamedTuple):
 
 
 class Result(NamedTuple):
-    """How one optimizer did."""
+    """The result of one optimizer."""
 
     losses: list[float]  # on the training images, after 0, 1, ... epochs
     accuracy: float  # on the test images
@@ -119,7 +119,7 @@ def with_one(x: np.ndarray) -> np.ndarray:
 
 
 def forward(weights: list[np.ndarray], images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What goes into the first layer, what goes into the second, and the digits' probabilities."""
+    """Return what goes into the first layer, what goes into the second, and the digits' probabilities."""
     inputs = with_one(images)
     hidden = with_one(np.maximum(inputs @ weights[0], 0))
     scores = hidden @ weights[1]

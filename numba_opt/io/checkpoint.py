@@ -50,7 +50,7 @@ def to_bytes(arrays: Mapping[str, np.ndarray], values: dict[str, Any]) -> bytes:
 
 
 def from_bytes(content: bytes) -> tuple[Arrays, dict[str, Any]]:
-    """What `to_bytes` was given; the arrays are views of the content.
+    """Return the arrays and values that `to_bytes` was given; the arrays are views of the content.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], values: dict[str, 
 
 
 def read(path: str | Path) -> tuple[Arrays, dict[str, Any]]:
-    """What `write` was given. Errors as in `from_bytes`."""
+    """Read the arrays and values that `write` was given. Errors as in `from_bytes`."""
     with files.opened(path) as file:
         try:
             return _opened(*tensor_file.read(file, os.fstat(file.fileno()).st_size))
@@ -206,7 +206,7 @@ def check_flushed(state: Any, what: str) -> None:
 
 
 def assignments(pairs: Iterable[tuple[Any, np.ndarray]]) -> Calls:
-    """What copies the second array of each pair into the first; what is read has not been written by then."""
+    """Return calls that copy the second array of each pair into the first; none reads what another wrote."""
     pairs = list(pairs)
     written = [target for target, _ in pairs if isinstance(target, np.ndarray) and target.size]
     spans = sorted(map(byte_bounds, written))

@@ -40,7 +40,7 @@ def describe(optimizer: HasStates) -> dict[str, Any]:
 
 
 class Restoration(NamedTuple):
-    """What `describe` found, for an optimizer that it fits."""
+    """An optimizer as `describe` found it, and the calls that make another one like it."""
 
     optimizer: HasStates  # another one, as that one will be
     calls: Calls  # what makes it so
@@ -82,7 +82,7 @@ def restoration(optimizer: HasStates, found: Any) -> Restoration:
 
 
 def _position(scheduler: Any, saved: Any) -> tuple[Mapping[str, Any] | None, Calls]:
-    """Where a scheduler was, None if there was none, and what takes it there."""
+    """Return a scheduler's saved position, None if there was no scheduler, and the calls that restore it."""
     mine = None if scheduler is None else type(scheduler).__name__
     theirs, position = (None, None) if saved is None else saved if len(saved) == 2 else (saved, None)
     if not isinstance(theirs, (str, NONE)) or theirs != mine:
@@ -108,7 +108,7 @@ def _attributes(scheduler: Any) -> dict[str, Any]:
 
 
 def _alike(mine: Any, theirs: Any) -> bool:
-    """Whether a plain value may take another one's place."""
+    """Tell whether a plain value may take another one's place."""
     if not (_is_plain(mine) and _is_plain(theirs)):
         return False
     kinds = [type(_plain(value)) for value in (mine, theirs)]
@@ -141,7 +141,7 @@ def check_forms(before: HasStates, after: HasStates, weights: Iterable[Any]) -> 
 
 
 def state_form(optimizer: HasStates, dtype: np.dtype) -> str:
-    """What the states of weights of a dtype consist of, with the options that an optimizer has."""
+    """Describe the states of weights of a dtype, with the options that an optimizer has."""
     master = optimizer.multi_precision and is_half(dtype)
     kept = state_dtype(optimizer.state_storage, np.dtype(np.float32) if master else dtype)
     form = f"({', '.join(optimizer.state_names)}) in {kept}"
@@ -194,7 +194,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold a value."""
+    """Tell whether JSON can hold a value."""
     if isinstance(value, list):
         return all(map(_is_plain, value))
     if isinstance(value, float):

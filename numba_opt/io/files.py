@@ -94,7 +94,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _found(target: str, path: str | os.PathLike[str]) -> os.stat_result | None:
-    """What is known of a file, None if there is none; anything that is not a regular file is refused."""
+    """Return the status of a file, None if there is none; refuse anything that is not a regular file."""
     try:
         found = os.stat(target)
     except FileNotFoundError:
@@ -162,7 +162,7 @@ def _clean(folder: str, fresh: io.FileIO) -> None:
 
 @contextmanager
 def _left(name: str) -> Iterator[bool]:
-    """Whether nobody writes an unfinished file any more; nobody begins to within this context."""
+    """Tell whether nobody writes an unfinished file any more; nobody begins to within this context."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         file = io.FileIO(name, "rb", opener=lambda path, mode: os.open(path, mode | flags))
@@ -176,7 +176,7 @@ def _left(name: str) -> Iterator[bool]:
 
 @functools.cache
 def _machine() -> str:
-    """What tells the machines apart that may write into one folder: a containers' host counts as one."""
+    """Return what tells apart the machines that may write into a folder: a containers' host counts as one."""
     try:
         identity = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
@@ -219,7 +219,7 @@ def _synchronize(folder: str) -> None:
 
 
 def fill(buffer: memoryview, file: io.FileIO) -> int:
-    """Read into a buffer as far as the file goes; how many bytes that were."""
+    """Read into a buffer as far as the file goes; return how many bytes that were."""
     done = 0
     while done < len(buffer):
         count = file.readinto(buffer[done:])  # the system reads at most 2 GiB at a time

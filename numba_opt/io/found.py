@@ -1,4 +1,4 @@
-"""What a checkpoint holds, looked at before it is believed; errors say what came and what was expected."""
+"""Parts of a checkpoint, looked at before they are believed; errors say what came and what was expected."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ LIMIT = 2**32  # bytes that the arrays of a file may take beyond the file's own:
 
 
 def load_mxnet_states(path: str | os.PathLike[str]) -> dict[int | str, Any]:
-    """The states in a file that MXNet saved, as `numba_opt.Updater.states` holds them.
+    """Read the states in a file that MXNet saved, as `numba_opt.Updater.states` holds them.
 
     Nothing in the file is executed and MXNet is not needed.
 
@@ -87,7 +87,7 @@ def load_mxnet_states(path: str | os.PathLike[str]) -> dict[int | str, Any]:
 
 
 def load_mxnet_optimizer(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The attributes of the optimizer in a file of states: hyper-parameters, multipliers and counts.
+    """Read the optimizer's attributes in a file of states: hyper-parameters, multipliers and counts.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ class _Object:
 
 
 def _unpickle(content: bytes) -> Any:
-    """What the pickle describes, with arrays decoded and each other object as an `_Object`."""
+    """Return what the pickle describes, with arrays decoded and each other object as an `_Object`."""
     stream = io.BytesIO(content)
     stack: list[Any] = []
     marks: list[int] = []
@@ -323,7 +323,7 @@ def _are_rows(rows: np.ndarray, count: int) -> bool:
 
 
 def _state(state: Any, seen: set[int], depth: int = 0) -> Any:
-    """A state as it may be; `seen` makes sure that no two share memory."""
+    """Check the structure of a state and return it; `seen` makes sure that no two share memory."""
     if state is None:
         return None
     if id(state) in seen:

@@ -36,7 +36,7 @@ METADATA = "__metadata__"
 
 
 class Header(NamedTuple):
-    """What a file begins with."""
+    """The header of a file, and where the arrays begin."""
 
     arrays: dict[str, tuple[np.dtype, tuple[int, ...], int]]  # dtype, shape, first byte after the header
     metadata: dict[str, str]
@@ -75,7 +75,7 @@ def plain(array: np.ndarray) -> np.ndarray:
 
 
 def described(name: str, array: np.ndarray) -> bytes:
-    """What a digest is given before an array's content."""
+    """Return the bytes that a digest is given before an array's content."""
     return repr((name, array.dtype.str, array.shape)).encode()
 
 
@@ -174,7 +174,7 @@ def _span(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
 
 
 def parsed(text: str) -> Any:
-    """What a JSON text describes, in which no name comes twice."""
+    """Parse a JSON text, in which no name comes twice."""
     return json.loads(text, object_pairs_hook=_dict)
 
 

@@ -1,4 +1,4 @@
-"""What all schedulers share: the warm-up."""
+"""The part that all schedulers share: the warm-up."""
 
 from __future__ import annotations
 

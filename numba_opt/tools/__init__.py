@@ -1,1 +1,1 @@
-"""What people do with the package beside training: the command line, warming up, information, benchmarks."""
+"""Utilities beside training: the command line, warming up, information, benchmarks."""

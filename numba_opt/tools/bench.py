@@ -1,4 +1,4 @@
-"""What `numba-opt bench` measures: how close to the speed of memory each optimizer comes on this machine.
+"""The measurements of `numba-opt bench`: how close to the speed of memory each optimizer comes here.
 
 The limit is measured too, by rules that move the same arrays and do nothing but add. All take turns, in an
 order that changes each round, so that whatever else the machine is doing disturbs them alike.
@@ -106,7 +106,7 @@ def collect(elements: int = ELEMENTS, advance: Callable[[], object] = lambda: No
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """What `collect` found, as a table."""
+    """Return what `collect` found as a table."""
     lines = [
         f"one step on {found['elements']:,} float32 elements, {found['threads']} threads, medians of "
         f"{found['rounds']} rounds",
@@ -208,7 +208,7 @@ def _measure(
 
 
 def _repeats(runner: Runner, pool: Sequence[np.ndarray]) -> int:
-    """How many steps make a sample that is long enough. What must be compiled is, at the first one."""
+    """Return how many steps make a sample that is long enough. What must be compiled is, at the first one."""
     _sample(runner, pool, 1)
     repeats = 1
     while _sample(runner, pool, repeats) < SHORTEST:

@@ -222,7 +222,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _check_picture(path: Path) -> None:
-    """What would fail at the end should fail before the work begins."""
+    """Refuse a picture that could not be saved at the end, before the work begins."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:

@@ -46,7 +46,7 @@ class KernelRequest(NamedTuple):
         return next((part for part in self.args if isinstance(part, Rule)), None)
 
     def make(self) -> bool:
-        """Have it; says whether it had to be compiled."""
+        """Make the kernel; tell whether it had to be compiled."""
         before = _compiled()
         with (
             interrupts.defer_signals()
@@ -60,7 +60,7 @@ class KernelRequest(NamedTuple):
         return _compiled() > before
 
     def sent(self) -> str | None:
-        """What another process is told; None if it cannot make this kernel."""
+        """Return the text that tells another process of it; None if that cannot make this kernel."""
         if self.rule is not None:
             function: Any = self.rule.function
             own = function.__module__.partition(".")[0] == PACKAGE
@@ -73,7 +73,7 @@ class KernelRequest(NamedTuple):
 
     @classmethod
     def received(cls, line: str) -> KernelRequest:
-        """The kernel that another process tells of."""
+        """Return the kernel that another process tells of."""
         request: KernelRequest = pickle.loads(base64.b64decode(line))
         return request
 
@@ -144,7 +144,7 @@ _misses = _Misses()
 
 
 def _compiled() -> int:
-    """How many kernels this thread had to compile so far."""
+    """Return how many kernels this thread had to compile so far."""
     how_many = loaded("numba_opt.cuda.code", "how_many")
     return _misses.total + (how_many() if how_many else 0)
 
@@ -160,7 +160,7 @@ class Work:
         self.crew: list[threading.Thread] | None = None if helped else []
 
     def run(self) -> int:
-        """Make all kernels; says how many had to be compiled."""
+        """Make all kernels; return how many had to be compiled."""
         event.register("numba:compile", _misses)
         try:
             compiled = self._make_all()
@@ -229,7 +229,7 @@ class Work:
 
 
 def serve() -> None:
-    """The other process: makes the kernels it is told of, and answers whether each one was missing."""
+    """Make, as the other process, the kernels it is told of; answer whether each one was missing."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
     event.register("numba:compile", _misses)
@@ -238,7 +238,7 @@ def serve() -> None:
 
 
 def cores() -> int:
-    """How many processors this process may use."""
+    """Return the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

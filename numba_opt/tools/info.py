@@ -1,4 +1,4 @@
-"""What `numba-opt info` tells: versions, processor, threads, devices and the cache."""
+"""The information of `numba-opt info`: versions, processor, threads, devices and the cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONAL = ("torch", "numba-cuda", "ml_dtypes", "tqdm", "matplotlib", "scikit-le
 
 
 def collect() -> dict[str, Any]:
-    """All of it, as plain values. Compiles nothing and imports no optional package but numba-cuda."""
+    """Collect plain values. Compiles nothing and imports no optional package but numba-cuda."""
     return {
         "versions": {
             "numba_opt": __version__,
@@ -50,7 +50,7 @@ def collect() -> dict[str, Any]:
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """What `collect` found, for people."""
+    """Return what `collect` found as a text for people."""
     processor, work, kept = found["processor"], found["threads"], found["cache"]
     versions = [f"{name} {version}" for name, version in found["versions"].items() if version]
     optional = [f"{name} {version}" for name, version in found["optional"].items() if version]
@@ -130,7 +130,7 @@ def _entries(*suffixes: str) -> list[Path]:
 
 
 def cache_usage() -> dict[str, Any]:
-    """Where compiled kernels are kept, how many and how large they are, and whether there can be more.
+    """Return the folder of compiled kernels, their number and bytes, and whether there can be more.
 
     What others may have written is not trusted: it says why.
     """
@@ -149,7 +149,7 @@ def cache_usage() -> dict[str, Any]:
 
 
 def clear_cache() -> int:
-    """Remove this package's compiled kernels, and what broken-off processes left; says how many kernels."""
+    """Remove this package's compiled kernels, and what broken-off processes left; return how many kernels."""
     removed = 0
     for path in _entries(".nbc", ".tmp"):
         path.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ def codes(dtypes: Any) -> list[str]:
 
 
 def targets(devices: Any) -> list[str]:
-    """What to compile for: "cpu", and compute capabilities such as "9.0"."""
+    """Return the targets to compile for: "cpu", and compute capabilities such as "9.0"."""
     found = []
     for given in [devices] if devices is None or not isinstance(devices, (list, tuple)) else devices:
         kind, _, number = str("cpu" if given is None else given).partition(":")

@@ -18,7 +18,7 @@ __all__ = ["Summary", "warmup"]
 
 
 class Summary(NamedTuple):
-    """What `warmup` did."""
+    """The result of `warmup`."""
 
     compiled: int
     loaded: int  # from the cache, or there already
@@ -96,7 +96,7 @@ def warmup(
 
 
 def _writable() -> bool:
-    """Whether kernels can be kept; if not, it is of no use that another process compiles them."""
+    """Tell whether kernels can be kept; if not, it is of no use that another process compiles them."""
     try:
         private.make(cache.folder())
         if private.distrusted(cache.folder()):
@@ -110,7 +110,7 @@ def _writable() -> bool:
 
 @contextlib.contextmanager
 def _bar(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
-    """What to call after each kernel, within a progress bar if there is somebody to look at it."""
+    """Give what to call after each kernel, within a progress bar if there is somebody to look at it."""
     tqdm: Any = None
     if wanted and sys.stderr is not None and sys.stderr.isatty():
         with contextlib.suppress(ModuleNotFoundError):

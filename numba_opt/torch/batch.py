@@ -47,7 +47,7 @@ COUNTER = 4  # bytes of a number of updates
 
 
 class BatchKey(NamedTuple):
-    """What parameters must have in common to be updated together."""
+    """The rule and the states that parameters must have in common to be updated together."""
 
     rule: Rule
     states: tuple[str, ...]  # what they are called in the optimizer's state
@@ -55,7 +55,7 @@ class BatchKey(NamedTuple):
 
 
 class Formula(NamedTuple):
-    """What a parameter group's options ask for."""
+    """A parameter group's rule and its coefficients, as the options ask for them."""
 
     key: BatchKey
     row: Callable[[float, int], Row]  # coefficients, from learning rate and update
@@ -73,7 +73,7 @@ class Member(NamedTuple):
 
 
 class BoundBatches:
-    """Those of an optimizer's parameters that have gradients, as batches.
+    """The parameters of an optimizer that have gradients, as batches.
 
     It holds every tensor whose address it holds, except gradients between steps.
     """
@@ -149,7 +149,7 @@ class Batch:
         self._bind([member.grad for member in members])
 
     def _executor(self) -> Executor:
-        """What makes the steps."""
+        """Make the executor of the steps."""
         return CpuExecutor(self.key.rule)
 
     # ---------------------------------------------------------------- what the tables are made of
@@ -201,7 +201,7 @@ class Batch:
             )
 
     def _as_seen(self, work: Sequence[Sequence[Any]]) -> bool:
-        """Whether the tables say what has been seen of the tensors, and no more."""
+        """Tell whether the tables say what has been seen of the tensors, and no more."""
         scan, n_column = self.scan, self.scan.n_array
         at, room = self.seen[..., dlpack.ADDRESS].T.astype(np.uint64), self.seen[..., dlpack.ROOM].T
         wrong = (at[:, :n_column] != scan.addresses[:, :n_column]) | (room[:, :n_column] < scan.bytes)
@@ -211,7 +211,7 @@ class Batch:
         return sized and counted and not (wrong & full).any() and bool((room[:, n_column:] >= COUNTER).all())
 
     def _what(self) -> list[str]:
-        """What the columns hold."""
+        """Return the name of each column, for errors."""
         return ["gradient", "weight", *(f"state {name!r}" for name in self.names)]
 
     def _check(self, columns: Sequence[Sequence[Any]]) -> None:
@@ -246,7 +246,7 @@ class Batch:
         return [(t, array) for t, rows in self.touched.items() for array in rows.arrays()]
 
     def _overlapping(self) -> bool:
-        """Whether a tensor that is written shares memory with another one."""
+        """Tell whether a tensor that is written shares memory with another one."""
         return ndarray.overlapping(self.scan, [array for _, array in self._touched_arrays()])
 
     def _call(self) -> Any:
@@ -290,7 +290,7 @@ class Batch:
         return answer <= ndarray.MOVED and self._move()
 
     def _has_states(self) -> bool:
-        """Whether the optimizer's state still has the objects that the tables were made of."""
+        """Tell whether the optimizer's state still has the objects that the tables were made of."""
         try:
             return all(
                 _same(list(map(itemgetter(name), self.dicts)), column)
@@ -323,12 +323,12 @@ class Batch:
     def calls(
         self, formulas: Sequence[Formula], rates: Sequence[float]
     ) -> tuple[list[threads.Job], list[partial[Any]]]:
-        """The kernel calls of a step, and what comes after them."""
+        """Return the kernel calls of a step, and the calls that come after them."""
         assert isinstance(self.executor, CpuExecutor)
         return self.executor.jobs(self._rows(formulas, rates)), self._after()
 
     def _after(self) -> list[partial[Any]]:
-        """Copies are written back, and the update is counted."""
+        """Return the calls that write copies back and count the update."""
         counted = [partial(counters.compiled_count_up(), self.counters)] if self.key.counted else []
         return [*self.replaced, *counted]
 
@@ -356,5 +356,5 @@ class Batch:
 
 
 def _same(some: Any, others: Any) -> bool:
-    """Whether two collections hold the same objects in the same order."""
+    """Tell whether two collections hold the same objects in the same order."""
     return len(some) == len(others) and all(map(is_, some, others))

@@ -17,7 +17,7 @@ from ..compiler.elements import load, pointers, store
 
 
 def read(addresses, counts):
-    """Read the numbers at some addresses; whether they are all the same."""
+    """Read the numbers at some addresses; tell whether they are all the same."""
     alike = True
     for t in range(addresses.size):
         counts[t] = load(pointers((addresses[t],), "f32"), np.uintp(0))[0]

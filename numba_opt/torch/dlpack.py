@@ -52,19 +52,19 @@ def library(extension: str) -> ctypes.CDLL:
 
 
 def address_of(functions: ctypes.CDLL, name: str) -> int:
-    """Where a C function is; 0 if there is none."""
+    """Return the address of a C function; 0 if there is none."""
     found = getattr(functions, name, None)
     return 0 if found is None else ctypes.cast(found, ctypes.c_void_p).value or 0
 
 
 def words(address: int, count: int) -> list[int]:
-    """What lies at an address, in words of 8 bytes."""
+    """Return the words of 8 bytes at an address."""
     return list((ctypes.c_uint64 * count).from_address(address))
 
 
 @intrinsic
 def ask(typingctx, function, tensor, filled):
-    """Let a C function write what a tensor is; whether it could. The caller holds the GIL."""
+    """Let a C function write what a tensor is; tell whether it could. The caller holds the GIL."""
     sig = types.boolean(types.uint64, types.uint64, types.intp)
 
     def codegen(context, builder, sig, args):
@@ -82,7 +82,7 @@ def ask(typingctx, function, tensor, filled):
 
 @register_jitable
 def renew(row, k, value):
-    """Write a number of a description; whether it is another one than was there."""
+    """Write a number of a description; tell whether it is another one than was there."""
     changed = row[k] != value
     row[k] = value
     return changed

@@ -1,4 +1,4 @@
-"""What the optimizers of `numba_opt.torch` share: `torch.optim.Optimizer` with this package's steps.
+"""The base of the optimizers of `numba_opt.torch`: `torch.optim.Optimizer` with this package's steps.
 
 Options are checked and made into formulas when they have changed; parameters, gradients and states are looked
 at when they are first seen, and bound (`numba_opt.torch.batch`).
@@ -43,7 +43,7 @@ ADDED_LATER = ("momentum_buffer", "mom")  # states that a parameter may lack: mo
 
 
 class Optimizer(torch.optim.Optimizer):
-    """What all optimizers share: their options, and one step for all parameter groups.
+    """Base class of the optimizers: their options, and one step for all parameter groups.
 
     `formula` is "torch" or "mxnet"; options that are None have their default.
     """
@@ -160,7 +160,7 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _label(self, number: int, k: int) -> str:
-        """What a parameter is called in errors."""
+        """Return the name of a parameter, for errors."""
         group = self.param_groups[number]
         if "param_names" in group:
             return f"parameter {group['param_names'][k]!r}"

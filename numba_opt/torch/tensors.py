@@ -1,4 +1,4 @@
-"""What a torch tensor is: its address, dtype and strides, and whether a kernel may have it.
+"""Torch tensors as kernels take them: address, dtype and strides, and whether a kernel may have them.
 
 The same border as `numba_opt.cpu.reader`, for tensors instead of NumPy arrays. A tensor that fills its memory
 without gaps is taken as it lies, whatever the order of its dimensions, as long as its gradient and its
@@ -106,7 +106,7 @@ def _check_kind(tensor: Any, what: str, *layouts: torch.layout) -> None:
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor stands for itself, and not for others or for what is done to it."""
+    """Tell whether a tensor stands for itself, and not for others or for what is done to it."""
     return (
         type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
         and not tensor.is_nested
@@ -115,7 +115,7 @@ def _is_ordinary(tensor: Tensor) -> bool:
 
 
 def _name_of(tensor: Tensor) -> str:
-    """What a tensor that is not an ordinary one is called in errors."""
+    """Return the name of a tensor that is not an ordinary one, for errors."""
     if tensor.is_nested:
         return "a nested tensor"
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -124,7 +124,7 @@ def _name_of(tensor: Tensor) -> str:
 
 
 def is_counter(step: Any) -> bool:
-    """Whether updates can be counted in a tensor, as torch's optimizers do."""
+    """Tell whether updates can be counted in a tensor, as torch's optimizers do."""
     return (
         isinstance(step, Tensor)
         and _is_ordinary(step)
@@ -145,7 +145,7 @@ def local(tensor: Any) -> Any:
 
 
 def placements(tensor: Any) -> Any:
-    """How a distributed tensor is spread over processes; None for any other."""
+    """Return the placements of a distributed tensor over processes; None for any other."""
     return getattr(tensor, "placements", None)
 
 
@@ -153,7 +153,7 @@ def placements(tensor: Any) -> Any:
 
 
 def _fills(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill its memory without gaps or repetition, in whatever order."""
+    """Tell whether a tensor's elements fill its memory without gaps or repetition, in whatever order."""
     expected = 1
     for stride, length in sorted(extents(tensor, tensor.stride())):
         if stride != expected:
@@ -181,7 +181,7 @@ def laid_out(tensor: Any, order: tuple[int, ...] | None) -> Any:
 
 
 def scan_of(columns: Sequence[Sequence[Any]]) -> Scan:
-    """Where gradients (or None), weights and states are, as tables are made of it."""
+    """Make the scan of gradients (or None), weights and states of which tables are made."""
     sizes = [math.prod(weight.shape) for weight in columns[1]]
     heights = [weight.shape[0] if weight.ndim else 1 for weight in columns[1]]
     widths = [size // height if height else 1 for size, height in zip(sizes, heights, strict=True)]
@@ -197,12 +197,12 @@ def scan_of(columns: Sequence[Sequence[Any]]) -> Scan:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """How many bytes a tensor has, by its shape and dtype."""
+    """Return the bytes of a tensor, by its shape and dtype."""
     return math.prod(tensor.shape) * size_of(CODE_OF[tensor.dtype])
 
 
 def nbytes(tensor: Any) -> int:
-    """How many bytes a tensor has, whatever its class makes of its shape and dtype; 0 for None."""
+    """Return the bytes of a tensor, whatever its class makes of its shape and dtype; 0 for None."""
     return 0 if tensor is None else int(_own(tensor).nbytes)
 
 
@@ -246,7 +246,7 @@ def memory(tensor: Tensor) -> np.ndarray:
 
 
 def write_back(tensor: Tensor, copy: Tensor) -> partial[Any]:
-    """What brings a copy that was worked on to where it belongs: on the CPU without any code in Python.
+    """Return the call that brings a copy back to its tensor: on the CPU without any code in Python.
 
     (torch's own assignment asks modes and subclasses, which are written in Python.)
     """
@@ -257,7 +257,7 @@ def write_back(tensor: Tensor, copy: Tensor) -> partial[Any]:
 
 
 def touched_rows(grad: Tensor, what: str) -> TouchedRows:
-    """What a sparse gradient touches; every number in it is checked."""
+    """Return the rows that a sparse gradient touches; every number in it is checked."""
     grad = _own(grad)
     indices, values = checked_parts(grad, what)
     rows = indices[0]
@@ -297,7 +297,7 @@ def checked_parts(grad: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 def look(columns: Sequence[Sequence[Any]], ids: np.ndarray, seen: np.ndarray) -> int:
-    """How tensors differ from what has been seen of them, as `numba_opt.torch.dlpack.look` says it.
+    """Tell how tensors differ from what has been seen of them, as `numba_opt.torch.dlpack.look` does.
 
     `ids` are those of the tensors; a gradient that comes another way is None. `unseen` makes `seen`.
     """
@@ -318,7 +318,7 @@ def look(columns: Sequence[Sequence[Any]], ids: np.ndarray, seen: np.ndarray) ->
 
 
 def unseen(ids: np.ndarray, ndim: int) -> np.ndarray:
-    """Room for what `look` sees of tensors with up to so many dimensions."""
+    """Make room for what `look` sees of tensors with up to so many dimensions."""
     return np.zeros((*ids.shape, dlpack.HEAD + 2 * ndim), np.int64)
 
 
@@ -327,7 +327,7 @@ def _ask(ids: np.ndarray, functions: np.ndarray, seen: np.ndarray) -> int:
 
 
 def _describe(tensor: Tensor, ndim: int) -> list[int]:
-    """What kernels rely on of a tensor, by its own word: torch before 2.10 has no other way."""
+    """Describe a tensor as kernels rely on it, by its own word: torch before 2.10 has no other way."""
     tensor = _own(tensor)
     rest = (0,) * (ndim - tensor.ndim)
     kind = id(tensor.dtype) * 64 + tensor.ndim
@@ -338,7 +338,7 @@ def _describe(tensor: Tensor, ndim: int) -> list[int]:
 
 @functools.cache
 def _functions() -> np.ndarray | None:
-    """What `dlpack.look` calls and reads, if it says what some tensors say themselves."""
+    """Return the addresses that `dlpack.look` needs, if it says what some tensors say themselves."""
     blank = partial(torch.zeros, device="cpu")
     some = [blank(5, 3, dtype=dtype)[1:].t() for dtype in CODE_OF]
     some += [torch._neg_view(blank(5, 3)).t(), blank(40)[3:18].view(3, 5)]
