@@ -92,6 +92,32 @@ def test_helpers_are_used_and_come_back(monkeypatch):
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "numba_opt")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinities, as Linux has them")
+def test_helpers_keep_off_the_callers_processor():
+    """The system would wake them there, and the two would take turns; also once affinities have changed."""
+    script = """
+def places():
+    return [os.sched_getaffinity(t.native_id) for t in threading.enumerate() if t.name == "numba_opt"]
+
+allowed = os.sched_getaffinity(0)
+run()
+assert all(place < allowed and len(place) == len(allowed) - 1 for place in places()), places()
+one = {min(allowed)}
+os.sched_setaffinity(0, one)  # nowhere else to go
+expected = run()
+os.sched_setaffinity(0, allowed)
+assert run() == expected
+os.sched_setaffinity(0, one)
+left = [*allowed - one][:1]
+os.sched_setaffinity(0, {*one, *left})
+run()
+assert all(len(place) == 1 for place in places()), places()
+"""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two processors")
+    process(script, NUMBA_NUM_THREADS="3")
+
+
 def test_set_num_threads_is_respected():
     script = """
 numba.set_num_threads(1)

@@ -11,11 +11,13 @@ at which that no longer shows.
 from __future__ import annotations
 
 import collections
+import contextlib
+import ctypes
 import functools
 import os
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,6 +81,7 @@ def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
         if elements >= SHARED:
             chunks = -(-elements // CHUNK)
             helpers = _ready(min(count(), chunks, -(-elements // longest)) - 1)
+            _keep_off_this_processor()
         own = scratch(1 + helpers, size) if size else NO_SCRATCH
         progress = np.zeros(3, np.int64)  # threads that joined, chunks claimed, chunks done
         call = partial(kernel.entry_point, *args, own, progress)
@@ -132,6 +135,43 @@ def _ready(wanted: int) -> int:
     return max(min(wanted, len(_helpers)), 0)
 
 
+def _keep_off_this_processor() -> None:
+    """Let helpers run on the other processors that the calling thread may use, if there are any.
+
+    The system wakes a helper where its waker is, and often leaves it there: the two of them take turns then.
+    (Seen on two processors: 10 million elements in 4.4 ms alone, and in 5 to 8 ms with a helper that used the
+    caller's processor; kept off it, always less than alone.)
+    """
+    global _kept_off
+    if _current_processor is None:
+        return
+    here = _current_processor(), os.sched_getaffinity(0), len(_helpers)
+    if here == _kept_off:
+        return
+    processor, allowed, _ = here
+    if others := allowed - {processor}:
+        for helper in filter(None, [helper.native_id for helper in _helpers]):
+            with contextlib.suppress(OSError):  # it has just died, or a container says no
+                os.sched_setaffinity(helper, others)
+    _kept_off = here
+
+
+def _processor_teller() -> Callable[[], int] | None:
+    """Return the C library's function that tells the caller's processor; None if there is none."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    try:
+        return ctypes.CDLL(None).sched_getcpu
+    except (OSError, AttributeError):
+        return None
+
+
+_current_processor = _processor_teller()
+_kept_off: Any = (
+    None  # the caller's processor, those it may use, and the number of helpers, as of the last time
+)
+
+
 def _help(jobs: queue.SimpleQueue[list[partial[Any]]]) -> None:
     while True:
         collections.deque(map(partial.__call__, jobs.get()), maxlen=0)  # in no variable, while it waits
@@ -139,10 +179,11 @@ def _help(jobs: queue.SimpleQueue[list[partial[Any]]]) -> None:
 
 def _forget() -> None:
     """Forget all helpers: in a forked child none is alive."""
-    global _jobs, _helpers, _starting
+    global _jobs, _helpers, _starting, _kept_off
     _jobs = queue.SimpleQueue()
     _helpers = []
     _starting = threading.RLock()
+    _kept_off = None
 
 
 if hasattr(os, "register_at_fork"):
