@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from .. import table
-from .gradients import SHAPE, block, dense, in_turn
+from .gradients import SHAPE, block, dense, each_form, in_turn, made
 from .pairs import Pair, Twins
 
 pytestmark = pytest.mark.filterwarnings("ignore:states in float16")
@@ -61,6 +61,20 @@ def test_catching_up_is_what_a_dense_step_does(backend, name):
         backend.compare(row, found, expected)
     else:
         table.assert_bits(found, expected)
+
+
+@pytest.mark.parametrize("name", ["nag", "groupadagrad"])
+@each_form("distinct", "csr-int64")
+def test_other_forms_catch_up(backend, name, form):
+    """Rows that have yet to take several steps, in one tensor and in two."""
+    pair, alone = exact(backend, table.row(name), [SHAPE, SHAPE]), exact(backend, table.row(name))
+    for n in range(4):
+        grad = made(form, seed=n) if n % 2 else block([n, 8])
+        pair.step(grad, grad, distinct=True)
+        alone.step(grad, distinct=True)
+    for run in (pair, alone):
+        run.flush()
+        run.check()
 
 
 @some

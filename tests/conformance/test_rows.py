@@ -160,6 +160,7 @@ def test_every_row(backend, row, distinct):
     pair = Pair(backend, row, [SHAPE] * 5, sparse_update="dense")
     grads = [block([7, 0, 3]), csr(), block([7, 0, 3] if distinct else ROWS), block([]), csr(seed=2)]
     pair.step(*grads, times=2, distinct=distinct, strays=False)
+    pair.step(block([7, 0, 3] if distinct else ROWS), distinct=distinct, strays=False)  # alone
     pair.check()
 
 

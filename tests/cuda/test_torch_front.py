@@ -488,16 +488,24 @@ def test_sparse_gradients(cls, coalesced):
             p.grad = sparse_on_gpu(q.grad)
         one.step()
         two.step()
+    cpu[0].grad = coo([7, 2] if coalesced else [7, 2, 7, 0], coalesced=coalesced)
+    gpu[0].grad = sparse_on_gpu(cpu[0].grad)
+    for params in (gpu, cpu):  # kernels go another way where there is one tensor
+        params[1].grad = params[2].grad = None
+    one.step()
+    two.step()
     assert not cuda_torch.waited
     agree(one, two, loose(cls, "float32"))
 
 
 @each_dtype
-def test_sparse_dtypes(dtype):
-    gpu, cpu = parameters([(9, 6)], dtype)
+@pytest.mark.parametrize("shapes", [[(9, 6)], [(9, 6), (4, 3)]], ids=["alone", "two"])
+def test_sparse_dtypes(dtype, shapes):
+    gpu, cpu = parameters(shapes, dtype)
     one, two = front.RMSProp(gpu), front.RMSProp(cpu)
-    cpu[0].grad = coo([7, 2, 7, 0], dtype=dtype)
-    gpu[0].grad = sparse_on_gpu(cpu[0].grad)
+    for p, q in zip(gpu, cpu, strict=True):
+        q.grad = coo([3, 2, 3, 0], tuple(q.shape), dtype=dtype)
+        p.grad = sparse_on_gpu(q.grad)
     one.step()
     two.step()
     agree(one, two, DTYPES[dtype])
