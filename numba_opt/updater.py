@@ -17,7 +17,7 @@ from .errors import CheckpointError
 from .io import checkpoint, description
 from .io.found import by_index, part, shown
 from .optimizer import Optimizer
-from .states import HasStates, check_lengths
+from .optimizer.states import HasStates, check_lengths
 
 __all__ = ["Updater", "get_updater"]
 

@@ -565,7 +565,15 @@ def test_anybody_can_read_the_arrays(trainer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["io/checkpoint", "io/tensor_file", "trainer", "trainer_state", "updater", "bound_parameters"]
+    "module",
+    [
+        "io/checkpoint",
+        "io/tensor_file",
+        "trainer/trainer",
+        "trainer/state",
+        "updater",
+        "trainer/bound_parameters",
+    ],
 )
 def test_no_pickle(module):
     tree = ast.parse((ROOT / "numba_opt" / f"{module}.py").read_text())

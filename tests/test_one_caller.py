@@ -16,7 +16,7 @@ import numba_opt
 from numba_opt import RowSparse, Trainer
 from numba_opt.core.turn import Turn
 from numba_opt.cpu.deferred import DeferredSteps
-from numba_opt.trainer import UNASKED
+from numba_opt.trainer.trainer import UNASKED
 
 from . import table
 from .scripts import result

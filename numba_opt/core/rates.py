@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-from .. import arguments
 from ..compiler import rounding
 from ..lr_scheduler import LRScheduler
-from . import rules
+from . import arguments, rules
 from .rules import Rule
 from .step_rows import Row, StepRows
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from .. import arguments
+from . import arguments
 
 
 class Variant(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import arguments
+from ..core import arguments
 from ..core.storage import index_code, is_half
 from . import measures, merge, threads
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import arguments
+from ..core import arguments
 from ..core.foreign import loaded, on_cuda
 from ..core.storage import code_of
 from ..cuda import arrays as cuda_arrays

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import arguments
+from ..core import arguments
 
 __all__ = ["PARTS", "run"]
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import arguments, device
+from .. import device
+from ..core import arguments
 from ..core.storage import is_half, state_dtype
 from ..errors import CheckpointError
 from ..lr_scheduler import LRScheduler
-from ..states import HasStates
+from ..optimizer.states import HasStates
 from .checkpoint import Calls, copied
 from .found import by_index, count, named, part, refusing, shown
 

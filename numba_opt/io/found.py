@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import arguments
+from ..core import arguments
 from ..errors import NONSENSE, CheckpointError
 
 NAMES: dict[type, str] = {Mapping: "a dict", dict: "a dict", list: "a list", tuple: "a tuple", str: "a text"}

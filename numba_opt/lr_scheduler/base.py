@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import SupportsIndex
 
-from ..arguments import count, number
+from ..core.arguments import count, number
 
 
 class LRScheduler:

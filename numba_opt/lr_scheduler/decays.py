@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import SupportsIndex
 
-from ..arguments import count, number
+from ..core.arguments import count, number
 from .base import LRScheduler
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import SupportsIndex
 
-from ..arguments import count, number
+from ..core.arguments import count, number
 from .base import LRScheduler
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .. import arguments
+from ..core import arguments
 from ..core.torch_form import TorchForm, number
 from ..optimizer import Optimizer, register
 from ..scalar import sqrt

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from .. import arguments
+from ..core import arguments
 from ..core.torch_form import TorchForm, Variant, number
 from ..optimizer import Optimizer, register
 from ..scalar import clip, maximum, sqrt

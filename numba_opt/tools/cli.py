@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import __version__, arguments
+from .. import __version__
+from ..core import arguments
 
 __all__ = ["main"]
 

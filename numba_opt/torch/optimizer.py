@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import arguments, optimizer
+from .. import optimizer
+from ..core import arguments
 from ..core.rules import Rule
 from ..core.step_rows import Row
 from ..core.torch_form import TorchForm, number

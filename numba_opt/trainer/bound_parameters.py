@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import device
-from .core.call import Arrays
-from .core.executor import After
-from .core.rates import Group, Plan
-from .core.step_rows import NormLimit, Outcome
-from .cpu import ndarray
-from .optimizer import Optimizer
+from .. import device
+from ..core.call import Arrays
+from ..core.executor import After
+from ..core.rates import Group, Plan
+from ..core.step_rows import NormLimit, Outcome
+from ..cpu import ndarray
+from ..optimizer import Optimizer
 
 
 class BoundParameters:

@@ -85,7 +85,7 @@ def unknown(cls: type, given: dict[str, Any]) -> TypeError:
 
 def outside() -> int:
     """The `stacklevel` at which a warning speaks of the code that called this package."""
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+    level, frame, package = 1, inspect.currentframe(), __name__.partition(".")[0]
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
         frame, level = frame.f_back, level + 1
     return level - 1

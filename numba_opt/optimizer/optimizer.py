@@ -12,12 +12,13 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from . import arguments, device
-from .core.call import Arrays
-from .core.executor import Executor
-from .core.rates import Index
-from .core.storage import STATE_DTYPES, name_of
-from .core.torch_form import TorchForm
+from .. import device
+from ..core import arguments
+from ..core.call import Arrays
+from ..core.executor import Executor
+from ..core.rates import Index
+from ..core.storage import STATE_DTYPES, name_of
+from ..core.torch_form import TorchForm
 from .states import HasStates, check_lengths
 
 __all__ = ["Optimizer", "create", "register"]

@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from . import arguments, device
+from .. import device
+from ..core import arguments
+from ..core.names import amount, fitting, named_arrays
+from ..core.rates import RATES, overridden
+from ..core.step_rows import NormLimit
+from ..core.turn import Turn
+from ..cpu import ndarray
+from ..io import checkpoint
+from ..optimizer import Optimizer, create
 from .bound_parameters import BoundParameters
-from .core.names import amount, fitting, named_arrays
-from .core.rates import RATES, overridden
-from .core.step_rows import NormLimit
-from .core.turn import Turn
-from .cpu import ndarray
-from .io import checkpoint
-from .optimizer import Optimizer, create
-from .trainer_state import TrainerState
+from .state import TrainerState
 
 __all__ = ["Trainer"]
 

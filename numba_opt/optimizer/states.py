@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from . import device
-from .compiler import rounding
-from .core.call import Arrays
-from .core.rates import HasRates, Index
-from .core.storage import OF_NAME, STOCHASTIC, is_half, state_dtype
+from .. import device
+from ..compiler import rounding
+from ..core.call import Arrays
+from ..core.rates import HasRates, Index
+from ..core.storage import OF_NAME, STOCHASTIC, is_half, state_dtype
 
 
 class HasStates(HasRates):

@@ -9,17 +9,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from . import device
+from .. import device
+from ..compiler import interrupts
+from ..core.call import Arrays
+from ..core.sums import Sums
+from ..core.turn import Claim, Turn
+from ..cpu import threads
+from ..cpu.row_sparse import RowSparse
+from ..cpu.sums import as_plain
+from ..io import checkpoint, description
+from ..optimizer import Optimizer
 from .bound_parameters import BoundParameters
-from .compiler import interrupts
-from .core.call import Arrays
-from .core.sums import Sums
-from .core.turn import Claim, Turn
-from .cpu import threads
-from .cpu.row_sparse import RowSparse
-from .cpu.sums import as_plain
-from .io import checkpoint, description
-from .optimizer import Optimizer
 
 
 class TrainerState:
