@@ -370,6 +370,8 @@ def test_what_is_warmed_up(driver):
         optimizer.step()
         gpu[0].grad = sparse_on_gpu(coo([7, 2], coalesced=True))
         optimizer.step()
+        gpu[0].grad, gpu[1].grad = (sparse_on_gpu(coo([3, 2, 3], tuple(p.shape))) for p in gpu)
+        optimizer.step()
     driver.finish()
     assert {program.key for program in driver.covered} <= ready
 
