@@ -103,11 +103,6 @@ class Table(NamedTuple):
     addresses: np.ndarray
     offsets: np.ndarray  # each tensor's first element on the kernel's long line, then the line's length
 
-    @property
-    def elements(self) -> int:
-        """The line's length."""
-        return int(self.offsets[-1])
-
 
 class Call(NamedTuple):
     """The arrays of one step, checked. It keeps alive those that it has."""

@@ -172,11 +172,6 @@ class Layout(_Fields):
         """The bytes of the largest elements."""
         return max(map(size_of, self.codes))
 
-    @property
-    def narrowest(self) -> int:
-        """The bytes of the smallest elements."""
-        return min(map(size_of, self.codes))
-
 
 class TouchedForm(NamedTuple):
     """The form of a sparse gradient: what it is made of, how its numbers are stored, and its indices."""

@@ -81,6 +81,7 @@ def run(jobs: Iterable[Job], afterwards: Iterable[partial[Any]] = ()) -> None:
         if elements >= SHARED:
             chunks = -(-elements // CHUNK)
             helpers = _ready(min(count(), chunks, -(-elements // longest)) - 1)
+        if helpers:
             _keep_off_this_processor()
         own = scratch(1 + helpers, size) if size else NO_SCRATCH
         progress = np.zeros(3, np.int64)  # threads that joined, chunks claimed, chunks done
@@ -167,9 +168,8 @@ def _processor_teller() -> Callable[[], int] | None:
 
 
 _current_processor = _processor_teller()
-_kept_off: Any = (
-    None  # the caller's processor, those it may use, and the number of helpers, as of the last time
-)
+# The caller's processor, those it may use, and the number of helpers, as of the last time.
+_kept_off: tuple[int, set[int], int] | None = None
 
 
 def _help(jobs: queue.SimpleQueue[list[partial[Any]]]) -> None:

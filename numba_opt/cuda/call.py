@@ -58,11 +58,6 @@ def read(arrays: Arrays) -> list[DeviceCall]:
     return calls
 
 
-def check(arrays: Arrays) -> None:
-    """Refuse what `read` would refuse, but for gradients."""
-    read(arrays.without_grads())
-
-
 def _take_sparse(arrays: Arrays) -> tuple[Arrays, dict[int, Any]]:
     """Return the arrays without sparse gradients, and those gradients by position."""
     given = arrays.columns[GRAD]
